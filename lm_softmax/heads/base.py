@@ -1,0 +1,317 @@
+"""The contract of every output head, and what they all share."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lm_softmax.kernels import accumulation_dtype
+
+Reduction = Literal["mean", "sum", "none"]
+ROW_CHUNK_BYTES = 2**26  # of log-probabilities that topk and sample hold at once
+
+
+class TopK(NamedTuple):
+    """The most probable words of each position, best first; equal ones by lower id."""
+
+    log_probs: Float[Tensor, "*batch k"]
+    indices: Int[Tensor, "*batch k"]
+
+
+class OutputHead(nn.Module, ABC):
+    """`p(target | hidden)` over `vocab_size` words. Ids are ranked: id 0 is the most frequent.
+
+    A subclass writes `log_prob`; whatever it can do cheaper than through the log-probabilities of
+    all words, it overrides. Nothing here depends on `self.training`: `loss` is always the training
+    objective, `log_prob` always the exact, normalised distribution in nats, so perplexities of
+    different heads compare. Wrappers that hook `forward` alone (FSDP2) need
+    `torch.distributed.fsdp.register_fsdp_forward_method(head, "log_prob")` and so on for the other
+    public methods.
+
+    Args:
+        hidden_size: Width of `hidden`.
+        vocab_size: Number of words.
+        counts: How often each word occurs in the training set, by id, `(vocab_size,)`; a count of 0
+            counts as 1. None assumes Zipf's law with exponent 1.
+        ignore_index: Target of positions that count for nothing.
+
+    Raises:
+        ValueError: If a size is below 1, or counts are negative, increasing, or not one a word.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        counts: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1 or vocab_size < 1:
+            raise ValueError(
+                f"hidden_size and vocab_size must be at least 1, got {hidden_size} and {vocab_size}"
+            )
+        if 0 <= ignore_index < vocab_size:
+            raise ValueError(
+                f"ignore_index must not be a word's id, got {ignore_index} in [0, {vocab_size})"
+            )
+        if counts is not None:
+            _check_counts(counts, vocab_size)
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.ignore_index = ignore_index
+
+    @property
+    def loss_is_nll(self) -> bool:
+        """Whether `loss` is the negative log-likelihood; only then may it be exponentiated."""
+        return True
+
+    @abstractmethod
+    def log_prob(
+        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
+    ) -> Tensor:
+        """Exact, normalised log-probabilities in nats, at least float32, differentiable.
+
+        Equals `F.log_softmax(logits, -1)`, and with `target` its gather, 0 where ignored.
+
+        Args:
+            hidden: `(*batch, hidden_size)`.
+            target: `(*batch,)` int64; None asks for all words.
+
+        Returns:
+            `(*batch,)` with target, which may cost far less than `(*batch, vocab_size)` without.
+
+        Raises:
+            ValueError: If shapes or dtypes do not fit or a target is out of range.
+        """
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "*batch hidden"],
+        target: Int[Tensor, "*batch"],
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """The training objective in nats, at least float32.
+
+        Args:
+            hidden: `(*batch, hidden_size)`.
+            target: `(*batch,)` int64; `ignore_index` positions count for nothing.
+            reduction: "mean" over the positions that count (0 if there are none), "sum", or "none"
+                for `(*batch,)` with 0 where ignored.
+
+        Raises:
+            ValueError: If shapes or dtypes do not fit or a target is out of range.
+        """
+        self._check_reduction(reduction)
+        return self._reduce(-self.log_prob(hidden, target), target, reduction)
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
+    ) -> Tensor:
+        """`loss(hidden, target)` with a target, `log_prob(hidden)` without."""
+        return self.log_prob(hidden) if target is None else self.loss(hidden, target)
+
+    @torch.no_grad()
+    def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
+        """The `k` most probable words of each position, exact.
+
+        Equals a stable descending sort of `log_prob(hidden)` cut after `k`; equal log-probabilities
+        are ordered by lower id.
+
+        Raises:
+            ValueError: If `k` is not in `[1, vocab_size]`.
+        """
+        if not 1 <= k <= self.vocab_size:
+            raise ValueError(f"k must be in [1, vocab_size={self.vocab_size}], got {k}")
+        rows = self._flatten(hidden)
+        found = [_stable_topk(self.log_prob(part), k) for part in self._row_chunks(rows)]
+        shape = (*hidden.shape[:-1], k)
+        values = torch.cat([chunk.log_probs for chunk in found]).view(shape)
+        return TopK(values, torch.cat([chunk.indices for chunk in found]).view(shape))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        hidden: Float[Tensor, "*batch hidden"],
+        num_samples: int = 1,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, "*batch num_samples"]:
+        """Words drawn independently, with replacement, from the exact distribution.
+
+        `p(w) ** (1 / temperature)` over the whole vocabulary is normalised, then cut to the `top_k`
+        most probable words, then to the smallest set of most probable words that holds `top_p` of
+        what is left, in this order. A temperature of 0 takes the most probable word.
+
+        Raises:
+            ValueError: If `num_samples` or `top_k` is out of range, `temperature` is negative, or
+                `top_p` is not in `(0, 1]`.
+        """
+        self._check_sampling(num_samples, temperature, top_k, top_p)
+        if temperature == 0:
+            best = self.topk(hidden, 1).indices
+            return best.expand(*hidden.shape[:-1], num_samples).contiguous()
+        drawn = []
+        for part in self._row_chunks(self._flatten(hidden)):
+            weights = torch.softmax(self.log_prob(part).double() / temperature, -1)
+            weights = _truncate(weights, top_k, top_p)
+            drawn.append(_draw(weights, num_samples, generator))
+        return torch.cat(drawn).view(*hidden.shape[:-1], num_samples)
+
+    def tie_weight(self, embedding: nn.Module) -> None:
+        """Share the output matrix with the input embedding (Press and Wolf 2017).
+
+        Raises:
+            ValueError: If this head has no matrix of that shape to share.
+        """
+        raise ValueError(f"{type(self).__name__} has no output matrix that an embedding could be")
+
+    def structure(self) -> dict[str, Any]:
+        """Keyword arguments that pin what was derived from data; a checkpoint keeps them."""
+        return {}
+
+    def _flatten(self, hidden: Tensor) -> Tensor:
+        """`(*batch, hidden_size)` as `(N, hidden_size)`, checked."""
+        if hidden.dim() < 1 or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden must be (*batch, {self.hidden_size}), got {tuple(hidden.shape)}"
+            )
+        if not hidden.is_floating_point():
+            raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
+        return hidden.reshape(-1, self.hidden_size)
+
+    def _flatten_with_target(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, targets, and a number to add to the loss: 0, or nan if a target is out of range.
+
+        Where looking at the values costs no synchronisation the latter raises; elsewhere the
+        target becomes `ignore_index` and the loss nan.
+        """
+        rows = self._flatten(hidden)
+        if target.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"target must have hidden's leading shape {tuple(hidden.shape[:-1])},"
+                f" got {tuple(target.shape)}"
+            )
+        if target.dtype != torch.int64:
+            raise ValueError(f"target must be int64, got {target.dtype}")
+        flat = target.reshape(-1)
+        wrong = ((flat < 0) | (flat >= self.vocab_size)) & (flat != self.ignore_index)
+        if flat.is_cpu and not torch.compiler.is_compiling():
+            if wrong.any():
+                raise ValueError(
+                    f"targets must be in [0, {self.vocab_size}) or {self.ignore_index},"
+                    f" got {int(flat[wrong][0])} among {int(wrong.sum())} wrong ones"
+                )
+            return rows, flat, rows.new_zeros((), dtype=torch.float32)
+        flat = flat.masked_fill(wrong, self.ignore_index)
+        return rows, flat, torch.where(wrong.any(), torch.nan, 0.0)
+
+    def _reduce(self, losses: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
+        """Reduce losses that are 0 where ignored."""
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+        return total if reduction == "sum" else total / self._num_targets(target)
+
+    def _num_targets(self, target: Tensor) -> Tensor:
+        """Positions that count, at least 1."""
+        return (target != self.ignore_index).sum().clamp(min=1)
+
+    @staticmethod
+    def _check_reduction(reduction: str) -> None:
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+    def _check_sampling(
+        self, num_samples: int, temperature: float, top_k: int | None, top_p: float | None
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
+        if top_k is not None and not 1 <= top_k <= self.vocab_size:
+            raise ValueError(f"top_k must be in [1, vocab_size={self.vocab_size}], got {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+    def _row_chunks(self, rows: Tensor) -> Iterator[Tensor]:
+        """Parts of the rows whose log-probabilities fit a fixed memory; at least one part."""
+        itemsize = accumulation_dtype(rows.dtype).itemsize
+        size = max(1, ROW_CHUNK_BYTES // (itemsize * self.vocab_size))
+        return iter(torch.split(rows, size) if rows.shape[0] else (rows,))
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(head)`."""
+        return f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}"
+
+
+def _check_counts(counts: Tensor, vocab_size: int) -> None:
+    if counts.shape != (vocab_size,):
+        raise ValueError(
+            f"counts must hold one number a word, ({vocab_size},), got {tuple(counts.shape)}"
+        )
+    if counts.is_floating_point() and not counts.isfinite().all():
+        raise ValueError("counts must be finite")
+    lowest = counts.min().item()
+    if lowest < 0:
+        raise ValueError(f"counts must not be negative, got {lowest}")
+    effective = counts.clamp(min=1)
+    rises = (effective[1:] > effective[:-1]).nonzero()
+    if rises.numel():
+        word = int(rises[0]) + 1
+        raise ValueError(
+            f"ids must be ranked by frequency: word {word} has count {counts[word].item()}"
+            f" after {counts[word - 1].item()}"
+        )
+
+
+def _stable_topk(log_probs: Tensor, k: int) -> TopK:
+    """Top k of `(N, V)`, equal values by lower id, which `torch.topk` leaves open."""
+    values, indices = log_probs.topk(k, -1)
+    worst = values[:, -1:]
+    tied = (log_probs >= worst).sum(-1) > k
+    if tied.any():  # of the words equal to the k-th best the lowest ids belong in
+        order = log_probs[tied].sort(stable=True, dim=-1, descending=True)
+        values[tied], indices[tied] = order.values[:, :k], order.indices[:, :k]
+    indices, order_by_id = indices.sort(-1)
+    values, order_by_value = values.gather(-1, order_by_id).sort(
+        stable=True, dim=-1, descending=True
+    )
+    return TopK(values, indices.gather(-1, order_by_value))
+
+
+def _truncate(weights: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Probabilities `(N, V)` cut to the top k, then to the nucleus of what is left."""
+    if top_k is None and top_p is None:
+        return weights
+    if top_k is not None and top_k < weights.shape[-1]:
+        kept = _stable_topk(weights, top_k)
+        weights = torch.zeros_like(weights).scatter_(-1, kept.indices, kept.log_probs)
+    if top_p is not None and top_p < 1:
+        ordered, ids = weights.sort(stable=True, dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
+        weights = torch.zeros_like(weights).scatter_(-1, ids, ordered)
+    return weights
+
+
+def _draw(weights: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+    """Ids drawn in proportion to float64 weights `(N, V)` by the inverse of their running sum.
+
+    `torch.multinomial` refuses more than 2**24 words.
+    """
+    sums = weights.cumsum(-1)
+    shape = (weights.shape[0], num_samples)
+    uniform = torch.rand(shape, generator=generator, dtype=weights.dtype, device=weights.device)
+    drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
+    last = (weights > 0).cumsum(-1).argmax(-1, keepdim=True)  # rounding may lead past it
+    return torch.minimum(drawn, last)

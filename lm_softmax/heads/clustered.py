@@ -1,0 +1,120 @@
+"""What the full and the adaptive softmax share: an exact loss by the cluster kernel."""
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lm_softmax.heads.base import OutputHead, Reduction
+from lm_softmax.kernels import (
+    Clusters,
+    Objective,
+    accumulation_dtype,
+    cluster_loss,
+    cluster_nll,
+    product_dtype,
+)
+
+
+class ClusteredHead(OutputHead):
+    """A head whose parameters are `Clusters`; a subclass also gives the log-probabilities.
+
+    Args:
+        hidden_size: Width of `hidden`.
+        vocab_size: Number of words.
+        counts: Training-set frequencies.
+        objective: Options of the loss; its softcap is part of the distribution.
+        ignore_index: Target of positions that count for nothing.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        counts: Tensor | None,
+        *,
+        objective: Objective,
+        ignore_index: int,
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
+        if objective.softcap is not None and not objective.softcap > 0:
+            raise ValueError(f"softcap must be above 0, got {objective.softcap}")
+        if not 0 <= objective.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {objective.label_smoothing}")
+        if not objective.z_loss >= 0:
+            raise ValueError(f"z_loss must be at least 0, got {objective.z_loss}")
+        self.objective = objective
+
+    @abstractmethod
+    def clusters(self) -> Clusters:
+        """The parameters as the kernel takes them."""
+
+    @abstractmethod
+    def _all_log_probs(self, rows: Tensor) -> Tensor:
+        """Log-probabilities of all words, `(N, vocab_size)`."""
+
+    @property
+    def loss_is_nll(self) -> bool:
+        """False under label smoothing or z-loss."""
+        return not self.objective.label_smoothing and not self.objective.z_loss
+
+    def log_prob(
+        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
+    ) -> Tensor:
+        """See `OutputHead.log_prob`; with `target` no `(N, vocab_size)` is ever held."""
+        if target is None:
+            log_probs = self._all_log_probs(self._flatten(hidden))
+            return log_probs.view(*hidden.shape[:-1], self.vocab_size)
+        rows, flat, poison = self._flatten_with_target(hidden, target)
+        objective = Objective(self.objective.softcap)
+        nll = cluster_nll(rows, flat, self.clusters(), objective, self.ignore_index)
+        return -(nll + poison).view(target.shape)
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "*batch hidden"],
+        target: Int[Tensor, "*batch"],
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """See `OutputHead.loss`; gradients of a mean or a sum are made in the forward pass."""
+        self._check_reduction(reduction)
+        rows, flat, poison = self._flatten_with_target(hidden, target)
+        arguments = (rows, flat, self.clusters(), self.objective, self.ignore_index)
+        if reduction == "none":
+            return (cluster_nll(*arguments) + poison).view(target.shape)
+        total = cluster_loss(*arguments) + poison
+        return total if reduction == "sum" else total / self._num_targets(target)
+
+
+def dense_log_probs(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> Tensor:
+    """`F.log_softmax(F.linear(rows, weight, bias), -1)` in at least float32, under autocast too."""
+    dtype = product_dtype(rows, weight)
+    with torch.autocast(rows.device.type, enabled=False):
+        logits = F.linear(rows.to(dtype), weight.to(dtype))
+        logits = logits.to(accumulation_dtype(dtype))
+        if bias is not None:
+            logits = logits + bias
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return torch.log_softmax(logits, -1)
+
+
+def project(rows: Tensor, projection: Tensor) -> Tensor:
+    """`F.linear(rows, projection)` in the dtype of the kernel's products."""
+    dtype = product_dtype(rows, projection)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows.to(dtype), projection.to(dtype))
+
+
+def log_frequencies(counts: Tensor) -> Tensor:
+    """Log of the share of each word, a count of 0 counting as 1; float32."""
+    effective = counts.double().clamp(min=1)
+    return (effective / effective.sum()).log().float()

@@ -1,0 +1,385 @@
+"""The loss of a full or an adaptive softmax as one operation, gradients made in the forward pass.
+
+Tokens are sorted by cluster once. The short-list and the cluster words form one softmax over all
+tokens, each tail one over its own (Grave et al. 2017, section 4). Both rest on `dense_pass`. The
+whole is one registered operation: one per cluster, sliced by counts that depend on the data, would
+break `torch.compile(fullgraph=True)`.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lm_softmax.kernels.dense import (
+    Gradients,
+    Matrix,
+    Objective,
+    accumulation_dtype,
+    dense_pass,
+    product_dtype,
+)
+
+
+class Tail(NamedTuple):
+    """Words `[start, start + n)`: logits are `weight @ (projection @ hidden) + bias`."""
+
+    projection: Tensor  # (tail width, width)
+    weight: Tensor  # (n, tail width)
+    bias: Tensor | None  # (n,)
+
+
+class Clusters(NamedTuple):
+    """Parameters of a clustered softmax; without tails it is a full softmax."""
+
+    weight: Tensor  # (c0, width): the short-list
+    cluster_weight: Tensor | None  # (K, width): one row a tail; None without tails
+    bias: Tensor | None  # (c0 + K,)
+    tails: Sequence[Tail] = ()
+
+    def flatten(self) -> list[Tensor]:
+        """All tensors in a fixed order, as a registered operation wants them."""
+        head = [self.weight, self.cluster_weight, self.bias]
+        return [tensor for tensor in (*head, *sum(self.tails, ())) if tensor is not None]
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor], has_bias: bool) -> "Clusters":
+        """The inverse of `flatten`."""
+        rest = list(tensors)
+        weight = rest.pop(0)
+        cluster_weight = rest.pop(0) if len(tensors) > 2 else None
+        bias = rest.pop(0) if has_bias else None
+        size = 3 if has_bias else 2
+        tails = [rest[start : start + size] for start in range(0, len(rest), size)]
+        return cls(
+            weight,
+            cluster_weight,
+            bias,
+            [Tail(tail[0], tail[1], tail[2] if has_bias else None) for tail in tails],
+        )
+
+    def head_matrix(self) -> Matrix:
+        """The softmax over the short-list and the cluster words."""
+        if self.cluster_weight is None:
+            return Matrix([self.weight], self.bias)
+        return Matrix([self.weight, self.cluster_weight], self.bias)
+
+
+def cluster_nll(
+    hidden: Tensor,
+    target: Tensor,
+    clusters: Clusters,
+    objective: Objective | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Loss of each token, `(N,)`, at least float32, 0 where ignored; backward computes logits anew.
+
+    Args:
+        hidden: `(N, width)`.
+        target: `(N,)` int64, in `[0, V)` or `ignore_index`.
+        clusters: The parameters.
+        objective: The loss of a row; the negative log-likelihood by default.
+        ignore_index: Target of positions that count for nothing.
+    """
+    options = _options(hidden, clusters, objective, ignore_index)
+    return _token_losses(hidden, target, clusters.flatten(), *options)
+
+
+def cluster_loss(
+    hidden: Tensor,
+    target: Tensor,
+    clusters: Clusters,
+    objective: Objective | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The sum of `cluster_nll`; its gradients are made in the forward pass and scaled in backward.
+
+    A second backward through the same graph makes them anew. Double backward is refused.
+    """
+    options = _options(hidden, clusters, objective, ignore_index)
+    parameters = clusters.flatten()
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, *parameters)]
+    if not any(needs):
+        return _token_losses(hidden, target, parameters, *options).sum()
+    return _loss_and_gradients(hidden, target, None, parameters, needs, *options)[0]
+
+
+def _options(
+    hidden: Tensor, clusters: Clusters, objective: Objective | None, ignore_index: int
+) -> tuple[bool, torch.dtype, int, float | None, float, float]:
+    dtype = product_dtype(hidden, clusters.weight)
+    return clusters.bias is not None, dtype, ignore_index, *(objective or Objective())
+
+
+class _Order(NamedTuple):
+    """Tokens sorted by cluster."""
+
+    tokens: Tensor  # their positions, (kept,)
+    hidden: Tensor  # (kept, width)
+    target: Tensor  # (kept,), in the softmax over the short-list and the cluster words
+    slices: list[slice]  # of each tail, among the kept
+    tail_targets: list[Tensor]  # of each tail, relative to its first word
+
+
+def _sort(hidden: Tensor, target: Tensor, clusters: Clusters, ignored: Tensor) -> _Order:
+    """Order of the tokens that count, by one sort and one host synchronisation."""
+    sizes = [clusters.weight.shape[0], *(tail.weight.shape[0] for tail in clusters.tails)]
+    starts = torch.tensor(sizes).cumsum(0)[:-1]
+    cluster = torch.bucketize(target, starts.to(target.device), right=True)
+    cluster = cluster.masked_fill(ignored, len(sizes))
+    counts = cluster.bincount(minlength=len(sizes) + 1).tolist()
+    tokens = cluster.argsort(stable=True)[: target.shape[0] - counts[-1]]
+    wanted, cluster = target[tokens], cluster[tokens]
+    ends = torch.tensor(counts[:-1]).cumsum(0).tolist()
+    slices = [slice(start, end) for start, end in pairwise(ends)]
+    relative = [wanted[part] - start for part, start in zip(slices, starts.tolist(), strict=True)]
+    wanted = torch.where(cluster == 0, wanted, sizes[0] - 1 + cluster)
+    return _Order(tokens, hidden[tokens], wanted, slices, relative)
+
+
+def reads_are_cheap(tensor: Tensor) -> bool:
+    """Whether the host may look at values without waiting for a device."""
+    return tensor.is_cpu
+
+
+def _losses(
+    hidden: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    clusters: Clusters,
+    dtype: torch.dtype,
+    ignore_index: int,
+    objective: Objective,
+    buffers: Sequence[Tensor | None] = (),
+) -> Tensor:
+    """Loss of each token; `buffers` (hidden, then `Clusters.flatten`) get the gradients."""
+    ignored = target == ignore_index
+    if clusters.tails or reads_are_cheap(target):
+        order = _sort(hidden, target, clusters, ignored)
+        scale = None if scale is None else scale[order.tokens]
+        losses = _sorted_losses(order, scale, clusters, dtype, objective, buffers)
+        return losses.new_zeros(target.shape).index_copy_(0, order.tokens, losses)
+    # a full softmax on an accelerator needs no look at the targets: rows to ignore weigh nothing
+    hidden = hidden.masked_fill(ignored.unsqueeze(1), 0)
+    one = hidden.new_ones((), dtype=accumulation_dtype(dtype)) if scale is None else scale
+    slots = iter(buffers)
+    gradients = _gradients(slots, next(slots), clusters.head_matrix()) if buffers else None
+    losses = dense_pass(
+        hidden,
+        clusters.head_matrix(),
+        target.masked_fill(ignored, 0),
+        objective,
+        dtype,
+        scale=torch.where(ignored, 0, one),
+        gradients=gradients,
+    )
+    return losses.masked_fill(ignored, 0)
+
+
+def _gradients(slots: Iterator[Tensor | None], hidden: Tensor | None, matrix: Matrix) -> Gradients:
+    """The next buffers, those of one softmax."""
+    blocks = [next(slots) for _ in matrix.blocks]
+    return Gradients(hidden, blocks, None if matrix.bias is None else next(slots))
+
+
+def _sorted_losses(
+    order: _Order,
+    scale: Tensor | None,
+    clusters: Clusters,
+    dtype: torch.dtype,
+    objective: Objective,
+    buffers: Sequence[Tensor | None],
+) -> Tensor:
+    """Loss of the sorted tokens: one softmax for all, then one a tail."""
+    slots = iter(buffers)
+    of_hidden = next(slots, None)
+    sorted_hidden = None if of_hidden is None else of_hidden.new_empty(order.hidden.shape)
+    matrix = clusters.head_matrix()
+    losses = dense_pass(
+        order.hidden,
+        matrix,
+        order.target,
+        objective,
+        dtype,
+        scale=scale,
+        gradients=_gradients(slots, sorted_hidden, matrix) if buffers else None,
+    )
+    for tail, part, target in zip(clusters.tails, order.slices, order.tail_targets, strict=True):
+        inputs = order.hidden[part]
+        projected = inputs.to(dtype) @ tail.projection.to(dtype).t()
+        matrix = Matrix([tail.weight], tail.bias)
+        of_projection = next(slots, None)
+        of_projected, gradients = None, None
+        if of_projection is not None or sorted_hidden is not None:
+            of_projected = losses.new_empty(projected.shape)
+        if buffers:
+            gradients = _gradients(slots, of_projected, matrix)
+        losses[part] += dense_pass(
+            projected,
+            matrix,
+            target,
+            objective,
+            dtype,
+            scale=None if scale is None else scale[part],
+            gradients=gradients,
+        )
+        if of_projected is not None and of_projection is not None:
+            torch.mm(of_projected.t(), inputs.to(losses.dtype), out=of_projection)
+        if of_projected is not None and sorted_hidden is not None:
+            sorted_hidden[part].addmm_(of_projected, tail.projection.to(losses.dtype))
+    if of_hidden is not None and sorted_hidden is not None:
+        of_hidden.zero_().index_copy_(0, order.tokens, sorted_hidden)
+    return losses
+
+
+@torch.library.custom_op("lm_softmax::token_losses", mutates_args=())
+def _token_losses(
+    hidden: Tensor,
+    target: Tensor,
+    parameters: Sequence[Tensor],
+    has_bias: bool,
+    dtype: torch.dtype,
+    ignore_index: int,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """Loss of each token; its backward is `_loss_and_gradients` scaled token by token."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _losses(
+            hidden,
+            target,
+            None,
+            Clusters.unflatten(parameters, has_bias),
+            dtype,
+            ignore_index,
+            Objective(softcap, label_smoothing, z_loss),
+        )
+
+
+@torch.library.custom_op("lm_softmax::loss_and_gradients", mutates_args=())
+def _loss_and_gradients(
+    hidden: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    has_bias: bool,
+    dtype: torch.dtype,
+    ignore_index: int,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> list[Tensor]:
+    """The summed loss, then the gradients of `sum(scale * loss)` by hidden and each parameter.
+
+    They are in at least float32; one that `needs` does not ask for is an empty tensor.
+    """
+    total_dtype = accumulation_dtype(dtype)
+    buffers = [
+        torch.empty_like(tensor, dtype=total_dtype, memory_format=torch.contiguous_format)
+        if need
+        else None
+        for tensor, need in zip((hidden, *parameters), needs, strict=True)
+    ]
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses = _losses(
+            hidden,
+            target,
+            scale,
+            Clusters.unflatten(parameters, has_bias),
+            dtype,
+            ignore_index,
+            Objective(softcap, label_smoothing, z_loss),
+            buffers,
+        )
+    return [losses.sum(), *(losses.new_empty(0) if b is None else b for b in buffers)]
+
+
+@_token_losses.register_fake
+def _(
+    hidden: Tensor,
+    target: Tensor,
+    parameters: Any,
+    has_bias: bool,
+    dtype: torch.dtype,
+    *options: Any,
+) -> Tensor:
+    return hidden.new_empty(target.shape, dtype=accumulation_dtype(dtype))
+
+
+@_loss_and_gradients.register_fake
+def _(
+    hidden: Tensor,
+    target: Tensor,
+    scale: Any,
+    parameters: Any,
+    needs: Any,
+    has_bias: bool,
+    dtype: torch.dtype,
+    *options: Any,
+) -> list[Tensor]:
+    total_dtype = accumulation_dtype(dtype)
+    shapes = [
+        tensor.shape if need else (0,)
+        for tensor, need in zip((hidden, *parameters), needs, strict=True)
+    ]
+    return [hidden.new_empty(shape, dtype=total_dtype) for shape in ((), *shapes)]
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this loss has no second derivative: differentiate log_prob(hidden), which holds all"
+            " words, where one is needed"
+        )
+
+
+def _save_token_losses(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, target, parameters, *options = inputs
+    ctx.save_for_backward(hidden, target, *parameters)
+    ctx.options = options
+
+
+def _backward_token_losses(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    _refuse_double_backward()
+    hidden, target, *parameters = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
+    _, *found = _loss_and_gradients(hidden, target, gradient, parameters, needs, *ctx.options)
+    of_hidden, *of_parameters = (
+        grad.to(tensor.dtype) if need else None
+        for grad, tensor, need in zip(found, (hidden, *parameters), needs, strict=True)
+    )
+    return of_hidden, None, of_parameters, *[None] * len(ctx.options)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden, target, scale, parameters, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, target, *parameters)
+    ctx.scale, ctx.options = scale, options
+    ctx.made = output[1:]
+
+
+def _backward_gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    _refuse_double_backward()
+    needs, *options = ctx.options
+    factor = gradients[0]
+    if factor is None:  # the loss took no part in what is differentiated
+        return None, None, None, [None] * (len(needs) - 1), *[None] * len(ctx.options)
+    hidden, target, *parameters = ctx.saved_tensors
+    made, ctx.made = ctx.made, None  # scaled in place and handed out, by the first backward
+    if made is None:
+        made = _loss_and_gradients(hidden, target, ctx.scale, parameters, needs, *options)[1:]
+    of_hidden, *of_parameters = (
+        gradient.mul_(factor).to(tensor.dtype) if need else None
+        for gradient, tensor, need in zip(made, (hidden, *parameters), needs, strict=True)
+    )
+    return of_hidden, None, None, of_parameters, *[None] * len(ctx.options)
+
+
+_token_losses.register_autograd(_backward_token_losses, setup_context=_save_token_losses)
+_loss_and_gradients.register_autograd(_backward_gradients, setup_context=_save_gradients)

@@ -1,0 +1,175 @@
+"""The chunked pass: chunks, work buffers, drift, low precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lm_softmax.kernels import Clusters, Tail, cluster_loss, dense
+from lm_softmax.kernels import clusters as clusters_module
+
+
+@given(rows=st.integers(0, 10**6), vocab_size=st.integers(1, 10**7))
+def test_chunks_are_bounded(rows, vocab_size):
+    chunk = dense.chunk_rows(rows, vocab_size, torch.float32)
+    assert 1 <= chunk <= max(rows, 1)
+    if rows * vocab_size * 4 > dense.WHOLE_BYTES:
+        assert chunk <= -(-rows // 4)
+        assert chunk * vocab_size * 4 <= max(
+            dense.CHUNK_BYTES, dense.MIN_CHUNK_ROWS * vocab_size * 4
+        )
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Three rows of 50 words in float64 at a time."""
+    monkeypatch.setattr(dense, "WHOLE_BYTES", 1)
+    monkeypatch.setattr(dense, "CHUNK_BYTES", 3 * 50 * 8)
+    monkeypatch.setattr(dense, "MIN_CHUNK_ROWS", 1)
+
+
+def parameters(*shapes, dtype=torch.float64):
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_many_chunks_equal_one(small_chunks, softcap):
+    hidden, weight, bias = parameters((23, 7), (50, 7), (50,))
+    target = torch.randint(50, (23,))
+    assert dense.chunk_rows(23, 50, torch.float64) == 3
+    objective = dense.Objective(softcap, 0.1, 0.01)
+    loss = cluster_loss(hidden, target, Clusters(weight, None, bias), objective)
+    logits = F.linear(hidden, weight, bias)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="sum")
+    expected = expected + 0.01 * (logits.logsumexp(-1) ** 2).sum()
+    inputs = (hidden, weight, bias)
+    assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    assert_close(
+        torch.autograd.grad(loss, inputs),
+        torch.autograd.grad(expected, inputs),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_never_held_as_a_whole(dtype):
+    dense._buffers.held.clear()
+    hidden, weight = torch.randn(900, 4, dtype=dtype), torch.randn(20_000, 4, dtype=dtype)
+    gradients = dense.Gradients(
+        torch.empty_like(hidden, dtype=torch.float32),
+        [torch.empty_like(weight, dtype=torch.float32)],
+        None,
+    )
+    target = torch.randint(20_000, (900,))
+    with Largest() as largest:
+        matrix, objective = dense.Matrix([weight], None), dense.Objective()
+        dense.dense_pass(hidden, matrix, target, objective, dtype, gradients=gradients)
+    assert 900 * 20_000 / 8 < largest.numel <= 900 * 20_000 / 4
+
+
+def test_work_buffers_serve_inference_mode_and_training():
+    dense._buffers.held.clear()
+    hidden, weight = parameters((5, 3), (11, 3))
+    target = torch.randint(11, (5,))
+    with torch.inference_mode():
+        loss = cluster_loss(hidden, target, Clusters(weight, None, None))
+    again = cluster_loss(hidden, target, Clusters(weight, None, None))
+    again.backward()
+    assert_close(loss, again.detach().clone(), rtol=0, atol=0)
+    assert weight.grad is not None
+
+
+def test_long_sums_do_not_drift():
+    """65,536 tokens in bfloat16: the scalar keeps float32's precision."""
+    hidden, weight = torch.randn(2**16, 8).bfloat16(), torch.randn(300, 8).bfloat16()
+    target = torch.randint(300, (2**16,))
+    logits = F.linear(hidden, weight).double()
+    expected = F.cross_entropy(logits, target, reduction="sum")
+    loss = cluster_loss(hidden, target, Clusters(weight, None, None))
+    assert loss.dtype == torch.float32
+    assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+
+
+def test_weight_gradients_add_up_in_float32():
+    """Over many chunks no worse than one float32 product of the rounded operands."""
+    hidden, weight = torch.randn(2**15, 8).bfloat16(), torch.randn(2000, 8).bfloat16()
+    weight.requires_grad_()
+    target = torch.randint(2000, (2**15,))
+    cluster_loss(hidden, target, Clusters(weight, None, None)).backward()
+    exact = weight.detach().double().requires_grad_()
+    logits = F.linear(hidden.double(), exact)
+    F.cross_entropy(logits, target, reduction="sum").backward()
+    naive = weight.detach().clone().requires_grad_()
+    F.cross_entropy(F.linear(hidden, naive).float(), target, reduction="sum").backward()
+    error, naive_error = ((w.grad - exact.grad).norm() for w in (weight, naive))
+    assert error <= 1.05 * naive_error
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fp16_operands_neither_overflow_nor_vanish(scaled, monkeypatch):
+    """The path of a GPU, whose products of fp16 have float32 sums."""
+    monkeypatch.setattr(dense, "products_widen", lambda tensor: True)
+    hidden, weight = torch.randn(500, 16), torch.randn(3000, 16) * 0.1
+    target = torch.zeros(500, dtype=torch.int64)
+    scale = torch.full((500,), 65536.0) if scaled else None
+    results = []
+    for dtype in (torch.float64, torch.float16):
+        total = dense.accumulation_dtype(dtype)
+        buffers = dense.Gradients(
+            torch.empty(500, 16, dtype=total), [torch.empty(3000, 16, dtype=total)], None
+        )
+        matrix = dense.Matrix([weight], None)
+        dense.dense_pass(
+            hidden, matrix, target, dense.Objective(), dtype, scale=scale, gradients=buffers
+        )
+        results.append([buffers.hidden.double(), buffers.blocks[0].double()])
+    for exact, low in zip(*results, strict=True):
+        assert low.isfinite().all()
+        assert (low - exact).norm() <= 2e-3 * exact.norm()
+        assert ((low == 0) & (exact != 0)).sum() == 0
+
+
+def test_a_full_softmax_off_the_cpu_masks_instead_of_dropping(monkeypatch):
+    """The sort-free path of accelerators, run on a CPU."""
+    hidden, weight, bias = parameters((9, 4), (13, 4), (13,))
+    target = torch.randint(13, (9,))
+    target[[0, 5]] = -100
+    clusters = Clusters(weight, None, bias)
+    expected = cluster_loss(hidden, target, clusters)
+    wanted = torch.autograd.grad(expected, (hidden, weight, bias))
+    monkeypatch.setattr(clusters_module, "reads_are_cheap", lambda tensor: False)
+    poisoned = hidden.detach().index_fill(0, torch.tensor([0, 5]), torch.nan).requires_grad_()
+    loss = cluster_loss(poisoned, target, clusters)
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, (poisoned, weight, bias)), wanted)
+
+
+def test_flatten_round_trip():
+    tensors = [torch.randn(2, 2) for _ in range(9)]
+    for bias in (True, False):
+        tails = [Tail(*tensors[3:5], tensors[5] if bias else None)]
+        for clusters in (
+            Clusters(tensors[0], None, tensors[2] if bias else None, []),
+            Clusters(tensors[0], tensors[1], tensors[2] if bias else None, tails),
+            Clusters(tensors[0], tensors[1], tensors[2] if bias else None, tails * 3),
+        ):
+            assert Clusters.unflatten(clusters.flatten(), bias) == clusters

@@ -1,0 +1,144 @@
+"""Token embeddings: one width for all words, or less of it for rare ones."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lm_softmax.encoders.base import check_size
+from lm_softmax.heads.cutoffs import resolve_cutoffs, resolve_tail_sizes
+
+
+class WordEmbedding(nn.Embedding):
+    """`nn.Embedding` of one row a word, drawn from N(0, 1 / embedding_size).
+
+    Rows of unit length on average make a good start as output weights too: with a hidden vector
+    of unit variance the logits have unit variance.
+
+    Args:
+        vocab_size: Number of words.
+        embedding_size: Width of a row.
+        counts: Not needed here; every embedding is built from the same three arguments.
+
+    Raises:
+        ValueError: If a size is below 1.
+    """
+
+    def __init__(self, vocab_size: int, embedding_size: int, counts: Tensor | None = None) -> None:
+        check_size(vocab_size=vocab_size, embedding_size=embedding_size)
+        super().__init__(vocab_size, embedding_size)
+
+    def reset_parameters(self) -> None:
+        """Draw every row anew."""
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Word embedding whose width falls with the frequency of the word.
+
+    Equals a lookup in the table whose rows `cutoffs[i]` to `cutoffs[i + 1]` are
+    `tail_weights[i] @ projections[i]`, and whose rows before `cutoffs[0]` are `weight`; the table
+    itself is never made. Shapes are those of `AdaptiveSoftmax`, so that the two can share them.
+
+    Each cluster looks up every token, those of other clusters as a row that is masked to zero. The
+    shapes so depend on `tokens.shape` alone: no host synchronisation, no graph break, and each
+    parameter gets a (zero) gradient from a batch without its words. The projections of `N` tokens
+    cost `N * embedding_size * sum(tail_sizes)` multiplications, a small part of one LSTM layer.
+
+    Entries of a table start from N(0, 1 / its width) as in fairseq, those of a projection from
+    N(0, 1 / embedding_size): every embedding then has unit length on average, in each cluster.
+
+    Args:
+        vocab_size: Number of words, ranked by frequency.
+        embedding_size: Width of an embedding.
+        counts: Training-set frequency of each word by rank, `(vocab_size,)`, for `"auto"`.
+        cutoffs: Ids at which tail clusters begin, increasing inside `(0, vocab_size)`, or "auto".
+        div_value: Tail i, from 1, has width `embedding_size // div_value**i`...
+        min_tail_size: ... but at least this.
+        tail_sizes: The widths themselves, one for each tail, instead of `div_value` and
+            `min_tail_size`.
+
+    Raises:
+        ValueError: If cutoffs or widths are impossible.
+
+    Source:
+        Baevski and Auli, "Adaptive Input Representations for Neural Language Modeling", ICLR 2019,
+        arXiv:1809.10853, section 3.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int,
+        counts: Tensor | None = None,
+        *,
+        cutoffs: Literal["auto"] | Sequence[int] = "auto",
+        div_value: float = 4.0,
+        min_tail_size: int = 16,
+        tail_sizes: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        check_size(vocab_size=vocab_size, embedding_size=embedding_size)
+        self.num_embeddings, self.embedding_size = vocab_size, embedding_size
+        self.cutoffs = resolve_cutoffs(cutoffs, vocab_size, counts)
+        num_tails = len(self.cutoffs)
+        if tail_sizes is None:
+            tail_sizes = resolve_tail_sizes(embedding_size, num_tails, div_value, min_tail_size)
+        if len(tail_sizes) != num_tails or any(size < 1 for size in tail_sizes):
+            raise ValueError(
+                f"tail_sizes must be one width of at least 1 for each of {num_tails} tails"
+                f" (cutoffs {self.cutoffs}), got {list(tail_sizes)}"
+            )
+        self.tail_sizes = list(tail_sizes)
+
+        begins = [*self.cutoffs, vocab_size]
+        self.weight = nn.Parameter(torch.empty(begins[0], embedding_size))
+        self.tail_weights = nn.ParameterList(
+            torch.empty(end - begin, size)
+            for begin, end, size in zip(begins, begins[1:], self.tail_sizes, strict=False)
+        )
+        self.projections = nn.ParameterList(
+            torch.empty(size, embedding_size) for size in self.tail_sizes
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        for table in (self.weight, *self.tail_weights):
+            nn.init.normal_(table, std=table.shape[1] ** -0.5)
+        for projection in self.projections:
+            nn.init.normal_(projection, std=self.embedding_size**-0.5)
+
+    def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding"]:
+        """Embeddings of ids of any shape; an id outside `[0, vocab_size)` is an `IndexError`."""
+        if not self.cutoffs:
+            return nn.functional.embedding(tokens, self.weight)
+        rows = []
+        for table, begin, end in zip(
+            self.tail_weights, self.cutoffs, [*self.cutoffs[1:], None], strict=True
+        ):
+            inside = tokens >= begin
+            if end is not None:  # ids past the vocabulary stay in the last tail, which refuses them
+                inside &= tokens < end
+            rows.append(_masked_rows(table, tokens - begin, inside))
+        projected = torch.cat(rows, -1) @ torch.cat(tuple(self.projections))
+        return _masked_rows(self.weight, tokens, tokens < self.cutoffs[0]) + projected
+
+    def structure(self) -> dict[str, Any]:
+        """Keyword arguments that pin the clusters, whatever rule "auto" follows later."""
+        return {"cutoffs": list(self.cutoffs), "tail_sizes": list(self.tail_sizes)}
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print`."""
+        return (
+            f"{self.num_embeddings}, {self.embedding_size}, cutoffs={self.cutoffs},"
+            f" tail_sizes={self.tail_sizes}"
+        )
+
+
+def _masked_rows(table: Tensor, rows: Tensor, inside: Tensor) -> Tensor:
+    """`table[rows]` where `inside`, and zeros elsewhere."""
+    found = nn.functional.embedding(torch.where(inside, rows, 0), table)
+    return torch.where(inside.unsqueeze(-1), found, 0.0)

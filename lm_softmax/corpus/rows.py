@@ -1,0 +1,96 @@
+"""Rows of text in bounded batches, and what to say of text that is not UTF-8."""
+
+import codecs
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lm_softmax.vocab import one_line
+
+COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})
+BINARY = COMPRESSED | {".parquet", ".arrow"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of text of one split.
+
+    Attributes:
+        column: Text of the rows, memory-mapped.
+        fingerprint: Changes with the contents.
+        described: What to call it in messages.
+        files: The local files that the rows may come from.
+    """
+
+    column: pa.ChunkedArray
+    fingerprint: str
+    described: str
+    files: Callable[[], Iterable[Path]]
+
+    def batches(self, max_bytes: int) -> Iterator[pa.Array]:
+        """`large_string` arrays of whole rows, of about `max_bytes` or one longer row.
+
+        Raises:
+            ValueError: If a row is not UTF-8.
+        """
+        pending: list[pa.Array] = []
+        size = 0
+        for piece in self._pieces(max_bytes):
+            pending.append(piece)
+            size += pc.sum(pc.binary_length(piece)).as_py()
+            if size >= max_bytes:
+                yield pa.concat_arrays(pending)
+                pending, size = [], 0
+        if pending:
+            yield pa.concat_arrays(pending)
+
+    def _pieces(self, max_bytes: int) -> Iterator[pa.Array]:
+        for chunk in self.column.chunks:
+            rows = chunk.drop_null().cast(pa.large_string())
+            if len(rows) == 0:
+                continue
+            try:
+                rows.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    not_utf8(self.files()) or f"{self.described} is not UTF-8: {one_line(error)}"
+                ) from error
+            ends = np.cumsum(pc.binary_length(rows).to_numpy())
+            cuts = np.searchsorted(ends, np.arange(max_bytes, ends[-1], max_bytes)) + 1
+            edges = [0, *np.unique(cuts[cuts < len(rows)]).tolist(), len(rows)]
+            for begin, end in pairwise(edges):
+                yield rows[begin:end]
+
+
+def not_utf8(files: Iterable[Path]) -> str | None:
+    """One line that names the first of the files with a byte that is not UTF-8, if any has one."""
+    for file in files:
+        offset = _first_bad_byte(file)
+        if offset is not None:
+            return f"file {str(file)!r} is not UTF-8: see byte {offset}"
+    return None
+
+
+def _first_bad_byte(file: Path) -> int | None:
+    """Offset of the first byte that is not UTF-8; None if there is none, or for binary formats."""
+    if not file.is_file() or BINARY & set(file.suffixes):
+        return None
+    decoder: Any = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    with file.open("rb") as stream:
+        while True:
+            chunk = stream.read(2**20)
+            held = len(decoder.getstate()[0])  # the beginning of a character, from the chunk before
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return done - held + error.start
+            done += len(chunk)
+            if not chunk:
+                return None

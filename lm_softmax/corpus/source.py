@@ -1,0 +1,212 @@
+"""Where text comes from: rows of a corpus, all of them through the `datasets` library."""
+
+import glob
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets.arrow_writer import SchemaInferenceError
+
+from lm_softmax.corpus.rows import COMPRESSED, Rows, not_utf8
+from lm_softmax.corpus.stdlib import NAME as STDLIB
+from lm_softmax.corpus.stdlib import read_stdlib
+from lm_softmax.vocab import hub_reachable, is_hub_id, one_line
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus by name: splits of rows of text.
+
+    Args:
+        path: "python-stdlib" (the sources of Python's standard library), a local folder in the
+            layout of a hub dataset or of files with text, or the id of a dataset on the Hugging
+            Face Hub. Where the environment variable LM_SOFTMAX_DATA names a folder that has
+            `path`, or its last component, that is taken before the hub is asked.
+        name: Configuration of the dataset, such as "wikitext-2-v1".
+        data_files: Files of each split instead of a dataset; names, lists or glob patterns. The
+            suffix tells the format: .json, .jsonl, .csv, .parquet, and all else is text with a
+            row a line. With a `path`, they are files of that dataset.
+        text_column: Column that holds the text.
+        validation_fraction: Share of the rows of train, its last ones, that become validation in
+            a corpus that has no such split; 0 for none.
+    """
+
+    path: str = STDLIB
+    name: str | None = None
+    data_files: Mapping[str, str | Sequence[str]] | None = None
+    text_column: str = "text"
+    validation_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction} is not in [0, 1)")
+        if self.name is not None and self.path == STDLIB:
+            raise ValueError(f"name={self.name!r} needs the path of a dataset that has such a part")
+
+    def rows(self, split: str) -> Rows:
+        """The rows of a split.
+
+        Raises:
+            ValueError: If the corpus cannot be read, or lacks the split or the column.
+        """
+        if split not in self._splits:
+            hint = ", or set validation_fraction" if split == "validation" else ""
+            raise ValueError(
+                f"{self._described} has no split {split!r}, only {', '.join(self._splits)}:"
+                f" name files for it in data_files{hint}"
+            )
+        data = self._splits[split]
+        what = f"column {self.text_column!r} of split {split!r} of {self._described}"
+        if self.text_column not in data.column_names:
+            raise ValueError(f"no {what}: its columns are {', '.join(data.column_names)}")
+        column = data.data.column(self.text_column)
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise ValueError(f"{what} holds {column.type}, not text")
+        if len(column) == column.null_count:
+            raise ValueError(f"{what} is empty")
+        return Rows(column, f"{data._fingerprint} {self.text_column}", what, self._local_files)
+
+    @property
+    def _described(self) -> str:
+        if self.data_files is not None and self.path == STDLIB:
+            return "data_files"
+        return f"corpus {self.path!r}" + (f" ({self.name})" if self.name else "")
+
+    @cached_property
+    def _splits(self) -> dict[str, datasets.Dataset]:
+        if self.path == STDLIB and self.data_files is None:
+            splits = {split: _in_memory(rows) for split, rows in read_stdlib().items()}
+        else:
+            splits = dict(self._load())
+        if not self.validation_fraction:
+            return splits
+        if "validation" in splits or "train" not in splits:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction}, but {self._described} has the"
+                f" splits {', '.join(splits)}: leave it at 0"
+            )
+        train = splits["train"]
+        held_out = max(1, round(len(train) * self.validation_fraction))
+        if held_out >= len(train):
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} leaves nothing of the"
+                f" {len(train)} rows of train of {self._described}"
+            )
+        border = len(train) - held_out
+        splits["train"] = train.select(range(border))
+        splits["validation"] = train.select(range(border, len(train)))
+        return splits
+
+    def _load(self) -> Mapping[str, datasets.Dataset]:
+        path, offline = self._located()
+        try:
+            with _quietly(offline):
+                return datasets.load_dataset(path, self.name, data_files=self._files or None)
+        except Exception as error:  # datasets raises all kinds
+            raise ValueError(self._failure(error, offline)) from error
+
+    @property
+    def _files(self) -> dict[str, list[str]]:
+        given = (self.data_files or {}).items()
+        return {split: [names] if isinstance(names, str) else [*names] for split, names in given}
+
+    def _folder(self) -> Path | None:
+        """The local folder that `path` stands for, if there is one."""
+        shared = os.environ.get("LM_SOFTMAX_DATA")
+        candidates = [Path(self.path).expanduser()]
+        if shared:
+            candidates += [Path(shared, self.path), Path(shared, Path(self.path).name)]
+        return next((folder for folder in candidates if folder.is_dir()), None)
+
+    def _located(self) -> tuple[str, bool]:
+        """What `load_dataset` should be given as path, and whether to keep off the network."""
+        if self.path == STDLIB:
+            return _builder(self._files), False
+        folder = self._folder()
+        if folder is not None:
+            return str(folder), False
+        if Path(self.path).expanduser().is_file():
+            raise ValueError(f"{self.path!r} is a file: give data_files={{'train': {self.path!r}}}")
+        if not is_hub_id(self.path):
+            raise ValueError(f"no corpus {self.path!r}: there is no such folder")
+        return self.path, not hub_reachable(self.path, "dataset")
+
+    def _local_files(self) -> Iterator[Path]:
+        """The files here that the corpus may consist of, for messages."""
+        patterns = [*chain.from_iterable(self._files.values())]
+        folder = Path() if self.path == STDLIB else self._folder()
+        if folder is not None:
+            for pattern in patterns or ["**/*"]:
+                for name in sorted(glob.glob(str(folder / pattern), recursive=True)):
+                    yield Path(name)
+
+    def _failure(self, error: Exception, offline: bool) -> str:
+        """What went wrong in `load_dataset`, on one line."""
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UnicodeDecodeError) and (message := not_utf8(self._local_files())):
+            return message
+        if isinstance(cause, SchemaInferenceError):
+            empty = [str(f) for f in self._local_files() if f.is_file() and not f.stat().st_size]
+            return f"{self._described} is empty: no row in {', '.join(empty) or 'its files'}"
+        if offline and isinstance(error, OSError):
+            shared = os.environ.get("LM_SOFTMAX_DATA", "")
+            return (
+                f"no corpus {self.path!r}: no folder here or in LM_SOFTMAX_DATA={shared!r}, not in"
+                " the cache of datasets, and the Hugging Face Hub could not be reached"
+            )
+        return f"cannot read {self._described}: {one_line(cause)}"
+
+
+def _builder(files: Mapping[str, Sequence[str]]) -> str:
+    """The packaged builder of `datasets` for the files' suffixes."""
+    found = {}
+    for name in chain.from_iterable(files.values()):
+        suffixes = [s for s in Path(name).suffixes if s not in COMPRESSED]
+        found[_BUILDERS.get(suffixes[-1].lower() if suffixes else "", "text")] = name
+    if len(found) != 1:
+        raise ValueError(
+            "data_files names no file"
+            if not found
+            else f"data_files mixes formats: {', '.join(f'{n!r} is {b}' for b, n in found.items())}"
+        )
+    return next(iter(found))
+
+
+def _in_memory(rows: list[str]) -> datasets.Dataset:
+    table = pa.table({"text": pa.array(rows, pa.large_string())})
+    digest = hashlib.blake2b("\0".join(rows).encode(), digest_size=8).hexdigest()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=digest)
+
+
+@contextmanager
+def _quietly(offline: bool) -> Iterator[None]:
+    """Leave failures to the exception, and progress bars to terminals.
+
+    Offline, `datasets` takes what is in its cache at once; otherwise it would try for half a
+    minute to reach the hub.
+    """
+    verbosity, was_offline = datasets.logging.get_verbosity(), datasets.config.HF_HUB_OFFLINE
+    bars = datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_HUB_OFFLINE = was_offline or offline
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        datasets.config.HF_HUB_OFFLINE = was_offline
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,250 @@
+"""Corpora as files of token ids: counted and encoded once, then memory-mapped."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+from numpy.typing import NDArray
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lm_softmax.corpus.rows import Rows
+from lm_softmax.corpus.source import Source
+from lm_softmax.vocab import SymbolCounter, Vocab, check_folding, load_tokenizer, one_line
+
+_Tokens = TypeVar("_Tokens", bound=Sized)
+_NUM_THREADS = min(4, os.cpu_count() or 1)  # each holds a batch, some 200 MB at work
+_FORMAT = 1  # part of every key: raise it when the contents of the files change
+
+
+class SplitStats(NamedTuple):
+    """What a split holds.
+
+    Attributes:
+        num_tokens: Tokens, `<eos>` among them.
+        num_unk: Tokens that are `<unk>`.
+        num_bytes: Bytes of the text in UTF-8, with a line end for each row.
+        unigram_nats: Negative log-likelihood of all tokens under the unigram model of the
+            vocabulary, `p(i) = (counts[i] + 1) / (counts.sum() + vocab_size)`, summed, in nats.
+    """
+
+    num_tokens: int
+    num_unk: int
+    num_bytes: int
+    unigram_nats: float
+
+
+class TokenFile:
+    """Token ids of a split on disk, in the smallest unsigned type that holds the vocabulary.
+
+    Behaves as a one-dimensional numpy array for `len` and for indexing. Worker processes get the
+    name of the file and map it themselves.
+
+    Args:
+        path: The file: nothing but ids.
+        vocab_size: Number of ids there can be.
+    """
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path = path
+        self.dtype = np.min_scalar_type(vocab_size - 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "dtype": self.dtype}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        return self._ids[index]
+
+    @cached_property
+    def _ids(self) -> NDArray[Any]:
+        return np.memmap(self.path, self.dtype, mode="r")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The vocabulary of a source and its splits as token files, built once and kept.
+
+    The vocabulary comes from train, in one pass; a split is encoded when it is first asked for.
+    Files are kept under a hash of all that they depend on: the contents of the source, tokenizer,
+    limits and this format. Processes that ask at the same time wait for the first one (a lock in
+    the cache folder); what is half-written is never seen, since folders are renamed when complete.
+
+    Args:
+        source: The text.
+        tokenizer: See `load_tokenizer`.
+        max_vocab_size: See `Vocab.build`.
+        min_count: See `Vocab.build`.
+        vocab_path: A vocabulary or checkpoint to take the vocabulary from, with its tokenizer.
+            Nothing is counted then, and train need not exist.
+        cache_dir: Folder of the files; the environment variable LM_SOFTMAX_CACHE or
+            `~/.cache/lm_softmax` if None.
+    """
+
+    source: Source
+    tokenizer: str = "words"
+    max_vocab_size: int | None = None
+    min_count: int = 1
+    vocab_path: str | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_folding(self.max_vocab_size, self.min_count)
+
+    @cached_property
+    def vocab(self) -> Vocab:
+        """The vocabulary.
+
+        Raises:
+            ValueError: If the corpus, the tokenizer or the vocabulary file cannot be read.
+        """
+        if self.vocab_path is not None:
+            return Vocab.load(self.vocab_path)
+        tokenizer = load_tokenizer(self.tokenizer)
+        rows = self.source.rows("train")
+        limits = [self.max_vocab_size, self.min_count]
+        folder = self._folder("vocab", [rows.fingerprint, tokenizer.state_dict(), *limits])
+
+        def build(target: Path) -> None:
+            counter = SymbolCounter()
+            for _, symbols in _each(
+                rows,
+                lambda batch: tokenizer.symbols(batch).dictionary_encode(),
+                tokenizer.batch_bytes,
+                "counting train",
+            ):
+                counter.update(symbols)
+            Vocab.build(
+                tokenizer,
+                *counter.result(),
+                max_vocab_size=self.max_vocab_size,
+                min_count=self.min_count,
+            ).save(target / "vocab.pt")
+
+        _build_once(folder, build)
+        return Vocab.load(folder / "vocab.pt")
+
+    def tokens(self, split: str) -> TokenFile:
+        """Token ids of a split.
+
+        Raises:
+            ValueError: If the corpus cannot be read, or lacks the split.
+        """
+        return TokenFile(self._encoded(split) / "tokens.bin", len(self.vocab))
+
+    def stats(self, split: str) -> SplitStats:
+        """What a split holds; it is encoded if need be."""
+        return SplitStats(**json.loads((self._encoded(split) / "stats.json").read_text("utf-8")))
+
+    def _encoded(self, split: str) -> Path:
+        rows = self.source.rows(split)
+        folder = self._folder("tokens", [rows.fingerprint, self.vocab.fingerprint])
+
+        def build(target: Path) -> None:
+            stats = _encode(rows, self.vocab, target / "tokens.bin", f"encoding {split}")
+            (target / "stats.json").write_text(json.dumps(stats._asdict()), "utf-8")
+
+        _build_once(folder, build)
+        return folder
+
+    def _folder(self, kind: str, depends_on: list[Any]) -> Path:
+        key = json.dumps([_FORMAT, *depends_on]).encode()
+        cache = self.cache_dir or os.environ.get("LM_SOFTMAX_CACHE") or "~/.cache/lm_softmax"
+        digest = hashlib.blake2b(key, digest_size=16).hexdigest()
+        return Path(cache).expanduser() / f"{kind}-{digest}"
+
+
+def _encode(rows: Rows, vocab: Vocab, file: Path, label: str) -> SplitStats:
+    """Write the ids of all rows, and count them on the way."""
+    dtype = TokenFile(file, len(vocab)).dtype
+    seen = np.zeros(len(vocab), np.int64)
+    num_bytes = 0
+    with file.open("wb") as stream:
+        for batch, ids in _each(rows, vocab.encode_rows, vocab.tokenizer.batch_bytes, label):
+            stream.write(ids.astype(dtype).data)
+            seen += np.bincount(ids, minlength=len(vocab))
+            open_ended = pc.invert(pc.ends_with(batch, "\n"))
+            num_bytes += pc.sum(pc.binary_length(batch)).as_py() + pc.sum(open_ended).as_py()
+    counts = vocab.counts.numpy()
+    nats = np.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
+    return SplitStats(
+        num_tokens=int(seen.sum()),
+        num_unk=0 if vocab.unk_id is None else int(seen[vocab.unk_id]),
+        num_bytes=num_bytes,
+        unigram_nats=float(seen @ nats),
+    )
+
+
+def _each(
+    rows: Rows, work: Callable[[pa.Array], _Tokens], batch_bytes: int, label: str
+) -> Iterator[tuple[pa.Array, _Tokens]]:
+    """Each batch with what `work` makes of it, in order; some batches ahead, on a thread each.
+
+    The progress bar is on terminals alone. There is one on a machine, however many processes
+    train: only the process that holds the lock gets here.
+    """
+    begin, num_tokens = time.perf_counter(), 0
+    batches = rows.batches(batch_bytes)
+    ahead: deque[tuple[pa.Array, Future[_Tokens]]] = deque()
+    with (
+        ThreadPoolExecutor(_NUM_THREADS) as pool,
+        tqdm(
+            total=len(rows.column), desc=label, unit=" rows", unit_scale=True, disable=None
+        ) as bar,
+    ):
+        while True:
+            for batch in islice(batches, _NUM_THREADS + 1 - len(ahead)):
+                ahead.append((batch, pool.submit(work, batch)))
+            if not ahead:
+                return
+            batch, future = ahead.popleft()
+            tokens = future.result()
+            num_tokens += len(tokens)
+            rate = num_tokens / (time.perf_counter() - begin)
+            bar.set_postfix_str(f"{rate / 1e6:.1f} M tokens/s", refresh=False)
+            bar.update(len(batch))
+            yield batch, tokens
+
+
+def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Make a folder that exists either complete or not at all, in one of all processes.
+
+    Raises:
+        ValueError: If the disk refuses.
+    """
+    if folder.exists():
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():
+                return
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir()
+            try:
+                build(partial)
+                partial.rename(folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the cache folder {str(folder.parent)!r}: {one_line(error)}; name"
+            " another by cache_dir or LM_SOFTMAX_CACHE"
+        ) from error

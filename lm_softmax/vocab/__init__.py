@@ -1,0 +1,17 @@
+"""From text to ranked token ids and back."""
+
+from lm_softmax.vocab.hub import hub_reachable, is_hub_id, one_line
+from lm_softmax.vocab.tokenization import load_tokenizer
+from lm_softmax.vocab.tokenizer import Tokenizer
+from lm_softmax.vocab.vocabulary import SymbolCounter, Vocab, check_folding
+
+__all__ = [
+    "SymbolCounter",
+    "Tokenizer",
+    "Vocab",
+    "check_folding",
+    "hub_reachable",
+    "is_hub_id",
+    "load_tokenizer",
+    "one_line",
+]

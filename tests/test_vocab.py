@@ -1,0 +1,245 @@
+"""The vocabulary against `collections.Counter` and a ranking written with `sorted`."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lm_softmax.vocab import SymbolCounter, Vocab, load_tokenizer, vocabulary
+from lm_softmax.vocab.huggingface import HuggingFaceTokenizer
+
+WORDS = load_tokenizer("words")
+WHITESPACE = load_tokenizer("whitespace")
+quick = settings(deadline=None, max_examples=60)
+
+symbols = st.lists(
+    st.sampled_from(["\n", "<unk>", "a", "b", "c", "d", "é", "z", "😀"]), max_size=40
+)
+
+
+def vocab_of(*rows, tokenizer=WHITESPACE, **limits):
+    counter = SymbolCounter()
+    counter.update(tokenizer.symbols(pa.array(rows, pa.large_string())))
+    return Vocab.build(tokenizer, *counter.result(), **limits)
+
+
+def reference(symbols, max_vocab_size, min_count):
+    """Tokens and counts: fold what is rare or beyond the limit, then rank."""
+    counts = Counter({"<unk>": 0, "<eos>": 0})
+    counts.update("<eos>" if s == "\n" else s for s in symbols)
+    ordinary = sorted(counts.keys() - {"<unk>", "<eos>"}, key=lambda t: (-counts[t], t))
+    kept = [token for token in ordinary if counts[token] >= min_count][: max_vocab_size - 2]
+    for token in ordinary:
+        if token not in kept:
+            counts["<unk>"] += counts.pop(token)
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+@quick
+@given(symbols, st.integers(3, 12), st.integers(1, 5))
+@example(["a", "b", "\n"], 12, 1)  # nothing folded, no unknown word: `<unk>` is there, unseen
+@example(["a", "b", "b", "\n"], 3, 1)
+@example([], 12, 1)
+def test_ranks_and_folding(symbols, max_vocab_size, min_count):
+    counter = SymbolCounter()
+    counter.update(pa.array(symbols, pa.large_string()))
+    vocab = Vocab.build(
+        WHITESPACE, *counter.result(), max_vocab_size=max_vocab_size, min_count=min_count
+    )
+    expected = reference(symbols, max_vocab_size, min_count)
+    assert list(zip(vocab.tokens, vocab.counts.tolist(), strict=True)) == expected
+    assert vocab.tokens[vocab.unk_id] == "<unk>"
+    assert vocab.tokens[vocab.eos_id] == "<eos>"
+    assert vocab.counts.dtype == torch.int64
+    assert vocab.counts.sum() == len(symbols)
+
+
+@quick
+@given(symbols, st.randoms())
+def test_the_order_of_the_text_does_not_matter(symbols, random):
+    def fingerprint():
+        counter = SymbolCounter()
+        counter.update(pa.array(symbols, pa.large_string()))
+        return Vocab.build(WHITESPACE, *counter.result(), max_vocab_size=5).fingerprint
+
+    first = fingerprint()
+    random.shuffle(symbols)
+    assert fingerprint() == first
+
+
+@pytest.mark.parametrize("merge_at", [0, 5, 2**21])
+@quick
+@given(batches=st.lists(symbols, max_size=12))
+def test_counting_in_batches_is_counting(merge_at, batches):
+    before, vocabulary._MERGE_AT = vocabulary._MERGE_AT, merge_at
+    try:
+        counter = SymbolCounter()
+        for batch in batches:
+            counter.update(pa.array(batch, pa.large_string()))
+        seen, counts = counter.result()
+    finally:
+        vocabulary._MERGE_AT = before
+    expected = Counter(symbol for batch in batches for symbol in batch)
+    assert dict(zip(seen.to_pylist(), counts.tolist(), strict=True)) == expected
+
+
+@quick
+@given(st.lists(st.lists(st.sampled_from(["a", "bc", "<unk>", "é"]), max_size=4), max_size=4))
+def test_decoding_undoes_encoding(lines):
+    text = "\n".join(" ".join(line) for line in lines)
+    vocab = vocab_of("a bc é <unk>")
+    assert vocab.decode(vocab.encode(text)) == text
+    assert vocab.decode(vocab.encode(text + "\n")) == text + "\n"
+
+
+def test_encoding_is_the_rank_or_unk():
+    vocab = vocab_of("b b b a a", "c")
+    assert vocab.tokens == ["b", "<eos>", "a", "c", "<unk>"]
+    assert vocab.encode("a b\nc never") == [2, 0, 1, 3, 4]
+    assert vocab.encode("") == []
+    rows = pa.array(["a\n", "", "c c"], pa.large_string())
+    assert vocab.encode_rows(rows).tolist() == [2, 1, 1, 3, 3, 1]
+    assert vocab.decode([2, 4, 1, 0]) == "a <unk>\nb"
+    assert vocab.decode([]) == ""
+
+
+def test_literal_specials_are_the_specials_where_words_are_whole():
+    vocab = vocab_of("<unk> <unk> <eos> a")
+    assert dict(zip(vocab.tokens, vocab.counts.tolist(), strict=True)) == {
+        **{"<unk>": 2, "<eos>": 2, "a": 1}
+    }
+    pieces = vocab_of("<unk>", tokenizer=WORDS)
+    assert sorted(pieces.tokens) == ["<", "<eos>", "<unk>", ">", "unk"]
+    assert pieces.counts[pieces.unk_id] == 0
+
+
+def test_limits_that_no_vocabulary_can_have():
+    with pytest.raises(ValueError, match="max_vocab_size=2 leaves no room"):
+        vocab_of("a", max_vocab_size=2)
+    with pytest.raises(ValueError, match="min_count=0"):
+        vocab_of("a", min_count=0)
+
+
+def hugging_face(*tokens, unk):
+    model = models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=unk)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+def test_ids_of_a_hugging_face_tokenizer_are_ranked_anew():
+    tokenizer = hugging_face("[UNK]", "never", "</s>", "a", "b", unk="[UNK]")
+    vocab = vocab_of("b b a x b", "a", tokenizer=tokenizer)
+    assert vocab.tokens == ["b", "</s>", "a", "[UNK]", "never"]
+    assert vocab.counts.tolist() == [3, 2, 2, 1, 0]
+    assert vocab.original_ids.tolist() == [4, 2, 3, 0, 1]
+    assert (vocab.unk_id, vocab.eos_id) == (3, 1)
+    assert vocab.encode("a never x") == [2, 4, 3]
+    assert vocab.decode([2, 4, 3, 1, 0]) == "a never [UNK]\nb"
+
+
+def test_specials_that_a_hugging_face_tokenizer_lacks_have_no_original_id():
+    tokenizer = hugging_face("a", "b", "c", unk="absent")
+    whole = vocab_of("a a b", tokenizer=tokenizer)
+    assert whole.tokens == ["a", "<eos>", "b", "c"]
+    assert whole.original_ids.tolist() == [0, -1, 1, 2]
+    assert whole.unk_id is None
+    folded = vocab_of("a a b b c", tokenizer=tokenizer, max_vocab_size=3)
+    assert folded.tokens == ["<unk>", "a", "<eos>"]
+    assert folded.counts.tolist() == [3, 2, 1]
+    assert (folded.original_ids < 0).tolist() == [True, False, True]
+    assert folded.encode("c a") == [0, 1]
+    assert folded.decode([0, 2, 1]) == "<unk>\na"
+    assert vocab_of("a a b", tokenizer=tokenizer, min_count=2).tokens == ["a", "<eos>", "<unk>"]
+
+
+VOCABS = {
+    "words": lambda: vocab_of("for é in x:", "\tpass", tokenizer=WORDS),
+    "whitespace": lambda: vocab_of("a\x00b c c", max_vocab_size=3),
+    "hugging face": lambda: vocab_of("a\nb", tokenizer=hugging_face("a", "\n", "é", unk="é")),
+}
+vocabs = pytest.mark.parametrize("vocab", VOCABS.values(), ids=VOCABS)
+
+
+@vocabs
+def test_a_state_holds_all_and_loads_without_pickled_code(vocab, tmp_path):
+    vocab = vocab()
+    torch.save(vocab.state_dict(), tmp_path / "state.pt")
+    again = Vocab.from_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again == vocab
+    assert again.tokens == vocab.tokens
+    assert again.counts.tolist() == vocab.counts.tolist()
+    assert again.encode("a x é\nb") == vocab.encode("a x é\nb")
+    assert pickle.loads(pickle.dumps(vocab)) == vocab
+
+
+@vocabs
+def test_files_and_checkpoints(vocab, tmp_path):
+    vocab = vocab()
+    vocab.save(tmp_path / "vocab.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["vocab.pt"]
+    assert Vocab.load(tmp_path / "vocab.pt") == vocab
+    checkpoint = {"state_dict": {}, "hyper_parameters": {"vocab": vocab.state_dict()}}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    loaded = Vocab.load(str(tmp_path / "last.ckpt"))
+    (tmp_path / "last.ckpt").write_bytes(b"")  # the loaded one does not read it any more
+    assert loaded == vocab
+
+
+def test_a_vocabulary_does_not_change():
+    with pytest.raises(AttributeError):
+        vocab_of("a").tokens = ["b"]
+
+
+def test_what_holds_no_vocabulary_is_one_line(tmp_path):
+    def complaint(path):
+        with pytest.raises(ValueError, match=path.name) as caught:
+            Vocab.load(path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    path = tmp_path / "file"
+    assert "no vocabulary or checkpoint file" in complaint(path)
+    path.write_text("text")
+    assert "cannot read" in complaint(path)
+    for state in ({"weight": torch.ones(2)}, [1], {"hyper_parameters": {}}):
+        torch.save(state, path)
+        assert "holds no vocabulary" in complaint(path)
+    torch.save(vocab_of("a").state_dict() | {"format": 99}, path)
+    with pytest.raises(ValueError, match="format 99"):
+        Vocab.load(path)
+
+
+def test_fingerprints_tell_vocabularies_apart():
+    same = [vocab_of("a b b"), vocab_of("b a b")]
+    others = [vocab_of("a b"), vocab_of("a c c"), vocab_of("a b b", tokenizer=WORDS)]
+    assert len({vocab.fingerprint for vocab in same}) == 1
+    assert len({vocab.fingerprint for vocab in [*same, *others]}) == 4
+    assert same[0] == same[1]
+    assert len({*same}) == 1
+    assert same[0] != others[0]
+    assert same[0] != "a b b"
+
+
+def test_fingerprints_are_the_same_in_every_process():
+    assert vocab_of("a b b").fingerprint == "89984c796533c23e016753d7d4b52121"
+
+
+def test_counts_of_many_batches_are_exact():
+    counter = SymbolCounter()
+    for _ in range(3):
+        counter.update(pa.array(np.arange(1000) % 7))
+    seen, counts = counter.result()
+    assert seen.to_pylist() == [*range(7)]
+    assert counts.tolist() == [429] * 6 + [426]
+
+
+def test_it_says_how_large_it_is():
+    assert repr(vocab_of("a b b")) == "Vocab(4 tokens of 4 counted)"
+    assert len(vocab_of("a b b")) == 4

@@ -1,0 +1,7 @@
+"""`python -m lm_softmax.compare`."""
+
+import sys
+
+from lm_softmax.compare import main
+
+sys.exit(main())

@@ -1,0 +1,125 @@
+"""What a checkpoint gives to the command line: defaults of options, and choices already made."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lm_softmax import factory
+from lm_softmax.encoders import Encoder
+from lm_softmax.heads import OutputHead
+from lm_softmax.module import LanguageModel
+
+NAMED = ("last", "best")
+PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
+
+
+class Checkpoint:
+    """A checkpoint of `LanguageModel`, read without running anything in it.
+
+    Args:
+        path: The file, or "last" or "best" of a run.
+        run: The run's folder.
+
+    Attributes:
+        path: The file.
+        content: What it holds.
+        hparams: The model's part of it.
+        data_options: The options of the data module that it was trained on.
+        unknown: What is wrong with classes that `defaults` had to leave out.
+
+    Raises:
+        ValueError: If there is no such file, or no language model in it.
+    """
+
+    def __init__(self, path: str, run: str | None) -> None:
+        self.path = Path(path)
+        if path in NAMED:
+            if run is None:
+                raise ValueError(f"--ckpt_path {path} needs the run's folder: add --run DIR")
+            self.path = Path(run, "checkpoints", f"{path}.ckpt")
+        if not self.path.is_file():
+            raise ValueError(f"no checkpoint {self.path}")
+        try:
+            self.content = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in as many ways as there are formats
+            reason = str(error).split("\n")[0].split(". ")[0]
+            raise ValueError(f"cannot read the checkpoint {self.path}: {reason}") from error
+        hparams = self.content.get("hyper_parameters") if isinstance(self.content, dict) else None
+        if not isinstance(hparams, dict) or not {*PARTS, "requested", "vocab"} <= set(hparams):
+            raise ValueError(f"{self.path} is not the checkpoint of a language model")
+        self.hparams: dict[str, Any] = hparams
+        self.unknown: list[str] = []
+        self.data_options: dict[str, Any] = self.content.get("datamodule_hyper_parameters", {})
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were done."""
+        return int(self.content["global_step"])
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run that wrote it, or else the one it lies in."""
+        parent = self.path.parent
+        return parent.parent if parent.name == "checkpoints" else parent
+
+    def is_in(self, folder: Path | None) -> bool:
+        """Whether the run in a folder wrote it."""
+        return folder is not None and self.path.resolve().is_relative_to(folder.resolve())
+
+    def check_data(self, options: Mapping[str, Any]) -> None:
+        """Raises a ValueError for an option that would make another vocabulary."""
+        for name in ("tokenizer", "max_vocab_size", "min_count"):
+            if options[name] != self.data_options.get(name, options[name]):
+                raise ValueError(
+                    f"data.{name}={options[name]} comes too late for {self.path}, whose vocabulary "
+                    f"was made with {self.data_options[name]}"
+                )
+
+    def check(self, model: LanguageModel) -> None:
+        """Raises a ValueError that names what differs if it holds another model than this."""
+        try:
+            model.check_checkpoint(self.content)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def defaults(self, data_options: Iterable[str]) -> dict[str, Any]:
+        """Values of the options `model.*` and `data.*` of the run that wrote the checkpoint.
+
+        Args:
+            data_options: The data module's options; others of the checkpoint are left out.
+        """
+        found: dict[str, Any] = {"data.vocab_path": str(self.path)}
+        model = {**self.hparams, **self.hparams["requested"]}
+        bases = {**PARTS, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
+        for name, base in bases.items():
+            if model[name] is None:
+                continue
+            try:  # before the parser sees it, which would import whatever a class path names
+                found[f"model.{name}"] = factory.complete(model[name], base, f"model.{name}")
+            except ValueError as error:
+                self.unknown.append(str(error))
+        found["model.tie_weights"] = model["tie_weights"]
+        for name in data_options:
+            if name in self.data_options:
+                found.setdefault(f"data.{name}", self.data_options[name])
+        return found
+
+    def pin(self, model: Mapping[str, Any]) -> dict[str, factory.Spec]:
+        """Encoder and head as they were built, where they are still asked for as they were.
+
+        A choice that was derived from the data or from files, such as `cutoffs: auto`, so is not
+        derived again.
+
+        Args:
+            model: The options of the model, `{"encoder": {"class_path", "init_args"}, ...}`.
+        """
+        return {
+            name: self.hparams[name]
+            for name, base in PARTS.items()
+            if factory.complete(factory.describe(model[name], name), base, name)
+            == factory.complete(self.hparams["requested"][name], base, name)
+        }

@@ -1,0 +1,310 @@
+"""The LightningCLI behind `train.py`."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch import Tensor
+
+import lm_softmax.schedule  # noqa: F401  a class is known by its name once it is imported
+from lm_softmax.callbacks import RunSummary
+from lm_softmax.cli.checkpoint import NAMED, Checkpoint
+from lm_softmax.cli.messages import option_error
+from lm_softmax.cli.run_folder import PredictionWriter, RunFolder
+from lm_softmax.data import TextDataModule
+from lm_softmax.module import LanguageModel
+from lm_softmax.vocab import Vocab
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+CONFIG = "config.yaml"
+PREDICTIONS = "predictions.jsonl"
+BEST_AND_LAST = {
+    "monitor": "val/ppl",
+    "filename": "best",
+    "auto_insert_metric_name": False,
+    "enable_version_counter": False,
+    "save_last": True,
+}
+BAR = {
+    "class_path": "lightning.pytorch.callbacks.TQDMProgressBar",
+    "init_args": {"refresh_rate": 10},
+}
+EVALUATION_CALLBACKS = [
+    {"class_path": "lm_softmax.callbacks.PerplexityMonitor"},
+    BAR,
+]
+FIT_CALLBACKS = [
+    {"class_path": "lm_softmax.callbacks.StepTimeMonitor"},
+    {"class_path": "lm_softmax.callbacks.MemoryMonitor"},
+    {"class_path": "lm_softmax.callbacks.PerplexityMonitor"},
+    {"class_path": "lm_softmax.callbacks.SampleText"},
+    {"class_path": "lm_softmax.callbacks.RunSummary"},
+    {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": BEST_AND_LAST},
+    {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+    BAR,
+]
+
+
+@dataclass
+class Given:
+    """What has to be known of the command line before the parser reads it."""
+
+    subcommand: str | None
+    ckpt_path: str | None
+    run: str | None
+    configs: list[str]
+
+    @classmethod
+    def read(cls, args: Sequence[str]) -> "Given":
+        """Look for a few options, and leave every error to the parser."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        for option in ("--ckpt_path", "--run"):
+            parser.add_argument(option, nargs="?")
+        parser.add_argument("-c", "--config", nargs="?", action="append", default=[])
+        found, others = parser.parse_known_args(args)
+        subcommand = next((word for word in others if word in SUBCOMMANDS), None)
+        configs = [config for config in found.config if config]
+        return cls(subcommand, found.ckpt_path, found.run, configs)
+
+
+class TrainCLI(LightningCLI):
+    """`fit | validate | test | predict` of a `LanguageModel` on a `TextDataModule`.
+
+    Beyond LightningCLI: a run has one folder; the vocabulary goes from the data to the model; a
+    checkpoint brings the options it was made with as defaults, and its vocabulary; a wrong option
+    is a `ValueError` of one line.
+
+    Args:
+        args: The words of the command line.
+    """
+
+    config_init: Any
+    model: LanguageModel
+    datamodule: TextDataModule
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.given = Given.read(args)
+        self.folder: RunFolder | None = None
+        self.checkpoint: Checkpoint | None = None
+        if self.given.ckpt_path is not None:
+            self.checkpoint = Checkpoint(self.given.ckpt_path, self.given.run)
+        self.parsers: dict[str, LightningArgumentParser] = {}
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            LanguageModel,
+            TextDataModule,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=1,
+            parser_kwargs={**strict, **{name: dict(strict) for name in self.subcommands()}},
+            args=self._with_config_of_run(args),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is asked for, or all; each costs a tenth of a second."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in known if name == self.given.subcommand} or known
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--run`, the links from data to model, and the defaults."""
+        self.parsers[list(self.subcommands())[len(self.parsers)]] = parser
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="Folder of the run; by default runs/<config>-<head>-<time>.",
+        )
+        parser.link_arguments("data.vocab", "model.vocab", apply_on="instantiate")
+        parser.link_arguments("data.vocab", "model.counts", _counts, apply_on="instantiate")
+        fits = self.given.subcommand == "fit"
+        parser.set_defaults({"trainer.callbacks": FIT_CALLBACKS if fits else EVALUATION_CALLBACKS})
+        if self.checkpoint is not None:
+            parser.set_defaults(self.checkpoint.defaults(parser.get_defaults().data.keys()))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the words, and hands choices that a checkpoint has made already to the model.
+
+        Raises:
+            ValueError: If an option is wrong.
+        """
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise ValueError(self._option_error(str(error))) from error
+        subcommand = self.config.subcommand
+        if self.checkpoint is not None:
+            self.checkpoint.check_data(self.config[subcommand].data)
+            pinned = self.checkpoint.pin(self.config[subcommand].model.as_dict())
+            self.config = parser.parse_object({subcommand: {"model": pinned}}, self.config)
+        elif self.config[subcommand].ckpt_path is not None:
+            raise ValueError("ckpt_path stands in a config: give --ckpt_path instead")
+        self.config[subcommand].ckpt_path = None  # LightningCLI would parse its contents again
+
+    def before_instantiate_classes(self) -> None:
+        """Decides on the folder, before the data are read.
+
+        Raises:
+            ValueError: If it exists already, or there is nothing to evaluate.
+        """
+        config, folder = self.config[self.subcommand], None
+        if config.trainer.default_root_dir is not None:
+            raise ValueError("trainer.default_root_dir is the run's folder: give --run instead")
+        if config.run is not None:
+            folder = Path(config.run)
+        elif self.subcommand == "fit":
+            head = config.model.head.class_path.rpartition(".")[2]
+            folder = RunFolder.name(self.given.configs, head)
+        elif self.checkpoint is None:
+            raise ValueError(_needs_checkpoint(str(self.subcommand)))
+        resumes = self.checkpoint is not None and self.checkpoint.is_in(folder)
+        if folder is not None and (self.subcommand == "fit" or not resumes):
+            self.folder = RunFolder(folder, resumes=resumes)
+            vocab_path = config.data.vocab_path
+            if self.checkpoint is not None and vocab_path == str(self.checkpoint.path):
+                vocab_path = self.checkpoint.data_options.get("vocab_path")
+            self.save_config_kwargs = {"folder": folder, "vocab_path": vocab_path}
+        else:  # an evaluation says its figures and leaves the run as it is
+            self.save_config_callback = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Makes the trainer, with loggers and checkpoints in the run's folder."""
+        if self.checkpoint is not None:
+            self.checkpoint.check(self.model)
+        trainer = self.config_init[self.subcommand].trainer
+        if trainer.logger in (None, True):
+            trainer.logger = self.folder.loggers(self._first_step) if self.folder else False
+        callbacks = trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        unwanted = _switched_off(trainer)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
+        if self.folder is not None:
+            trainer.default_root_dir = self.folder.path
+            for callback in callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = os.path.abspath(self.folder.path / "checkpoints")
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except RuntimeError as error:  # Lightning's way to refuse some combinations of options
+            raise ValueError(str(error)) from error
+
+    def fit(self, **options: Any) -> None:
+        """Trains, and closes with what came of it; a run that does no step leaves no folder."""
+        assert self.folder is not None
+        path = self.checkpoint and self.checkpoint.path
+        try:
+            self.folder.keep_rows(self.trainer.loggers, self._first_step)
+            self.trainer.fit(**options | {"ckpt_path": path})
+        except BaseException as error:
+            if self.trainer.global_step == self._first_step:
+                self.folder.remove()
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt(self.folder.last_words()) from error
+            raise
+        for callback in self._callbacks:
+            if isinstance(callback, RunSummary):
+                sys.stdout.writelines(f"{line}\n" for line in callback.lines())
+
+    def validate(self, **options: Any) -> None:
+        """Prints the metrics of the validation split."""
+        self._evaluate(self.trainer.validate, **options)
+
+    def test(self, **options: Any) -> None:
+        """Prints the metrics of the test split."""
+        self._evaluate(self.trainer.test, **options)
+
+    def predict(self, **options: Any) -> None:
+        """Writes the log-probability of each token into the run's folder."""
+        assert self.checkpoint is not None
+        folder = self.folder.path if self.folder else self.checkpoint.folder
+        writer = PredictionWriter(folder / PREDICTIONS)
+        self._callbacks.append(writer)
+        self._evaluate(self.trainer.predict, **options | {"return_predictions": False})
+        sys.stdout.write(f"log-probabilities of each token: {writer.path}\n")
+
+    def _evaluate(self, run: Callable[..., Any], **options: Any) -> None:
+        assert self.checkpoint is not None
+        # What training's own callbacks have in the checkpoint is of no use here.
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+        try:
+            run(**options | {"ckpt_path": self.checkpoint.path})
+        except BaseException:
+            if self.folder is not None:
+                self.folder.remove()
+            raise
+
+    def _option_error(self, message: str) -> str:
+        subcommand = self.given.subcommand or "fit"
+        if "arguments are required" in message:
+            if self.checkpoint is not None and self.checkpoint.unknown:
+                return f"{self.checkpoint.unknown[0]}; a --config that names it does"
+            if self.checkpoint is None and subcommand != "fit":
+                return _needs_checkpoint(subcommand)
+        return option_error(message, self.parsers[subcommand].get_defaults().keys())
+
+    @property
+    def _callbacks(self) -> list[pl.Callback]:
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
+
+    @property
+    def _first_step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    def _with_config_of_run(self, args: Sequence[str]) -> list[str]:
+        """A run that goes on, and is given no config, has its own."""
+        given, args = self.given, list(args)
+        if given.subcommand == "fit" and given.ckpt_path in NAMED and not given.configs:
+            config = Path(given.run or "", CONFIG)
+            if config.is_file():
+                args.insert(args.index("fit") + 1, f"--config={config}")
+        return args
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the configuration into the run's folder, so that `fit --config` repeats the run."""
+
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        *,
+        folder: Path,
+        vocab_path: str | None,
+    ) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder, self.vocab_path = folder, vocab_path
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves out what belongs to this run alone: its folder, and a checkpoint's vocabulary."""
+        config = self.config.clone()
+        config.run, config.data.vocab_path = None, self.vocab_path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(config, self.folder / CONFIG, skip_none=False, overwrite=True)
+
+
+def _switched_off(trainer: Namespace) -> tuple[type[pl.Callback], ...]:
+    """Callbacks that the trainer's switches turn off; left in the list, they are an error."""
+    switches: dict[type[pl.Callback], bool] = {
+        ProgressBar: trainer.enable_progress_bar is not False,
+        ModelCheckpoint: trainer.enable_checkpointing is not False,
+        LearningRateMonitor: bool(trainer.logger),
+    }
+    return tuple(kind for kind, on in switches.items() if not on)
+
+
+def _needs_checkpoint(subcommand: str) -> str:
+    return f"{subcommand} needs a trained model: give --ckpt_path FILE"
+
+
+def _counts(vocab: Vocab) -> Tensor:
+    return vocab.counts

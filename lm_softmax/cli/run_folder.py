@@ -1,0 +1,146 @@
+"""The one folder of a run: its name, its loggers, and what is left of it when nothing was run."""
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+METRICS = "metrics.csv"
+
+
+class RunFolder:
+    """Where a run keeps TensorBoard events, metrics.csv, config.yaml, checkpoints and a summary.
+
+    Args:
+        path: The folder.
+        resumes: Whether the run goes on in a folder that exists.
+
+    Raises:
+        ValueError: If the folder exists and the run does not go on from one of its checkpoints.
+    """
+
+    def __init__(self, path: Path, *, resumes: bool = False) -> None:
+        first_process = getattr(rank_zero_only, "rank", 0) == 0  # which makes it for the others
+        if path.exists() and not resumes and first_process:
+            raise ValueError(
+                f"run folder {path} exists: give another --run, "
+                f"or go on with --run {path} --ckpt_path last"
+            )
+        self.path = path
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+
+    @staticmethod
+    def name(configs: Sequence[str], head: str) -> Path:
+        """The default: `runs/<first configuration>-<head>-<time>`."""
+        words = [Path(config).stem for config in configs[:1]] or ["run"]
+        words.append(re.sub(r"(?<=[a-z])(?=[A-Z])", "-", head).lower())
+        return Path("runs", "-".join([*words, datetime.now().strftime("%Y%m%d-%H%M%S")]))
+
+    def last_words(self) -> str:
+        """What an interrupted run can go on from."""
+        last = self.path / "checkpoints" / "last.ckpt"
+        if not last.is_file():
+            return "interrupted before the first checkpoint"
+        return f"interrupted; {last} goes on with: fit --run {self.path} --ckpt_path last"
+
+    def loggers(self, step: int = 0) -> list[Logger]:
+        """TensorBoard and CSV side by side in the folder; on a resumed run from `step` on."""
+        place: dict[str, Any] = {"save_dir": self.path, "name": "", "version": ""}
+        return [
+            TensorBoardLogger(**place, default_hp_metric=False, purge_step=step or None),
+            CSVLogger(**place, flush_logs_every_n_steps=1),
+        ]
+
+    @rank_zero_only
+    def keep_rows(self, loggers: list[Logger], step: int) -> None:
+        """Hand the rows before `step` to the CSV logger, which begins by deleting its file."""
+        file = self.path / METRICS
+        logger = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
+        if logger is None or not file.is_file():
+            return
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = [row for row in csv.DictReader(lines) if int(row["step"]) < step]
+        safe = file.replace(file.with_suffix(".csv.partial"))
+        for row in rows:
+            values = {name: value for name, value in row.items() if value and name != "step"}
+            logger.experiment.log_metrics(values, int(row["step"]))
+        logger.save()
+        safe.unlink()
+
+    @rank_zero_only
+    def remove(self) -> None:
+        """Take back the folder and those above it, as far as this run made them."""
+        for folder in self._made:
+            if folder == self.path:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+class PredictionWriter(pl.Callback):
+    """Writes a line of JSON for each row of a batch: `{"batch", "row", "tokens", "log_probs"}`.
+
+    Ignored positions are left out. The file is there whole or not at all.
+
+    Args:
+        path: The file; with several processes each writes its own, `<name>-<rank>.jsonl`.
+
+    Raises:
+        ValueError: If the file exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists():
+            raise ValueError(f"{path} exists: remove it, or give another folder with --run")
+        self.path = path
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the file under another name."""
+        if trainer.world_size > 1:
+            self.path = self.path.with_stem(f"{self.path.stem}-{trainer.global_rank}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self.path.with_suffix(".partial")
+        self._file = self._partial.open("w", encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the rows of a batch."""
+        words = pl_module.vocab.tokens
+        for row, target in enumerate(batch.target):
+            kept = target != pl_module.head.ignore_index
+            if kept.any():
+                line = {
+                    "batch": batch_idx,
+                    "row": row,
+                    "tokens": [words[i] for i in target[kept].tolist()],
+                    "log_probs": [round(value, 6) for value in outputs[row][kept].tolist()],
+                }
+                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gives the file its name."""
+        self._file.close()
+        self._partial.replace(self.path)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves nothing behind."""
+        if hasattr(self, "_file"):
+            self._file.close()
+            self._partial.unlink(missing_ok=True)

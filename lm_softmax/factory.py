@@ -1,0 +1,183 @@
+"""Factories written down as plain data, `{"class_path": ..., "init_args": {...}}`, and read back.
+
+This is the form of a part of the model in YAML and in a checkpoint. Reading it imports nothing: a
+class is found only in a module that is imported already, and only if it has the expected base.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import PurePath
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+Spec = dict[str, Any]
+T = TypeVar("T")
+
+
+def describe(factory: object, name: str) -> Spec:
+    """Write a factory down.
+
+    Args:
+        factory: A class, `functools.partial` of a class with keyword arguments, what jsonargparse
+            makes of a class path for a `Callable` type, or a mapping with "class_path" and
+            optionally "init_args".
+        name: What the factory makes, for the error message.
+
+    Returns:
+        `{"class_path": str, "init_args": dict}` of plain values, tensors and nested factories in
+        the same form. The path of a class is its shortest one, so that files may move.
+
+    Raises:
+        ValueError: If the factory or one of its arguments cannot be written down.
+    """
+    if isinstance(factory, Mapping):
+        path, arguments = factory.get("class_path"), factory.get("init_args") or {}
+        if not isinstance(path, str) or set(factory) - {"class_path", "init_args"}:
+            raise ValueError(f"{name}: expected class_path and init_args, got {sorted(factory)}")
+    else:
+        cls, arguments = _class_and_arguments(factory, name)
+        path = _shortest_path(cls, name)
+    init_args = {key: _plain(value, f"{name}.{key}") for key, value in arguments.items()}
+    return {"class_path": path, "init_args": init_args}
+
+
+def build(spec: Spec, base: Callable[..., T], *args: Any, name: str) -> T:
+    """Make what a factory makes: `Class(*args, **init_args)`; nested factories make modules.
+
+    Args:
+        spec: The factory, written down.
+        base: Class that the factory's class has to descend from.
+        args: Positional arguments of the class.
+        name: What the factory makes, for the error message.
+
+    Raises:
+        ValueError: If a class is unknown or no subclass of `base`, or has no such options.
+    """
+    cls = find_class(spec["class_path"], base, name)
+    options = {
+        key: partial(build, value, nn.Module, name=f"{name}.{key}") if is_spec(value) else value
+        for key, value in spec["init_args"].items()
+    }
+    try:
+        inspect.signature(cls).bind(*args, **options)
+    except TypeError as error:
+        raise ValueError(f"{name}: {spec['class_path']} {error}") from None
+    return cls(*args, **options)
+
+
+def find_class(path: str, base: Callable[..., T], name: str) -> Callable[..., T]:
+    """The class at an import path, looked up among the modules that are imported already.
+
+    Raises:
+        ValueError: If there is none, or it is no subclass of `base`.
+    """
+    module, _, class_name = path.rpartition(".")
+    found = _lookup(module, class_name)
+    if found is None:
+        raise ValueError(
+            f"{name}: the imported modules hold no class {path}; import its module first"
+        )
+    assert isinstance(base, type)
+    if not (isinstance(found, type) and issubclass(found, base)) or inspect.isabstract(found):
+        raise ValueError(f"{name}: {path} is not a concrete subclass of {base.__name__}")
+    return cast("Callable[..., T]", found)
+
+
+def complete(spec: Spec, base: Callable[..., Any], name: str) -> Spec:
+    """The same factory with the default of every keyword option that it leaves open.
+
+    Raises:
+        ValueError: If a class is unknown or no concrete subclass of its base.
+    """
+    cls = find_class(spec["class_path"], base, name)
+    defaults = {
+        parameter.name: _plain(parameter.default, f"{name}.{parameter.name}")
+        for parameter in inspect.signature(cls).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
+    init_args = {
+        key: complete(value, nn.Module, f"{name}.{key}") if is_spec(value) else value
+        for key, value in (defaults | spec["init_args"]).items()
+    }
+    return {"class_path": _shortest_path(cast(type, cls), name), "init_args": init_args}
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Factories by name as `{"head": "AdaptiveSoftmax", "head.cutoffs": [...], ...}`."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if is_spec(value):
+            flat[prefix + name] = value["class_path"].rpartition(".")[2]
+            flat |= flatten(value["init_args"], f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What differs, as `name is x there, y here`; of a class that differs not its options too."""
+    names = [name for name in {**theirs, **ours} if str(theirs.get(name)) != str(ours.get(name))]
+    return [
+        f"{name} is {theirs.get(name)} there, {ours.get(name)} here"
+        for name in names
+        if not any(name.startswith(f"{other}.") for other in names)
+    ]
+
+
+def is_spec(value: object) -> bool:
+    """Whether a value is a factory in its written form."""
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
+
+
+def _lookup(module: str, name: str) -> object:
+    """A module's attribute, without running a module-level `__getattr__`, which may import."""
+    return vars(sys.modules[module]).get(name) if module in sys.modules else None
+
+
+def _class_and_arguments(factory: object, name: str) -> tuple[type, Mapping[str, Any]]:
+    if isinstance(factory, type):
+        return factory, {}
+    if isinstance(factory, partial):
+        if isinstance(factory.func, type) and not factory.args:
+            return factory.func, factory.keywords
+        # jsonargparse hands over partial(its_instantiator, ..., Class, **init_args).
+        by_jsonargparse = getattr(factory.func, "__module__", "").startswith("jsonargparse")
+        if by_jsonargparse and factory.args and isinstance(factory.args[-1], type):
+            return factory.args[-1], factory.keywords
+    raise ValueError(
+        f"{name}: {factory!r} cannot be written into a checkpoint; "
+        f"give a class or functools.partial(Class, option=value)"
+    )
+
+
+def _shortest_path(cls: type, name: str) -> str:
+    parts = cls.__module__.split(".")
+    for end in range(1, len(parts) + 1):
+        module = ".".join(parts[:end])
+        if _lookup(module, cls.__name__) is cls:
+            return f"{module}.{cls.__name__}"
+    raise ValueError(
+        f"{name}: {cls.__module__}.{cls.__qualname__} cannot be written into a checkpoint; "
+        f"define the class at the top level of a module"
+    )
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A value as a checkpoint may hold it."""
+    if value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, type | partial) or is_spec(value):
+        return describe(value, name)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, name) for key, item in value.items()}
+    raise ValueError(
+        f"{name}: {value!r} cannot be written into a checkpoint; "
+        f"give numbers, words, lists or a class with its options"
+    )

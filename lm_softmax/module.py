@@ -1,0 +1,315 @@
+"""LanguageModel: an encoder and an output head, trained and evaluated by Lightning."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lm_softmax import factory
+from lm_softmax.encoders import Encoder
+from lm_softmax.heads import OutputHead
+from lm_softmax.metrics import Perplexity
+from lm_softmax.vocab import Vocab
+
+EncoderFactory: TypeAlias = Callable[[int, Tensor | None], Encoder]
+HeadFactory: TypeAlias = Callable[[int, int, Tensor | None], OutputHead]
+OptimizerFactory: TypeAlias = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory: TypeAlias = Callable[[Optimizer, int], LRScheduler]
+
+
+class Batch(Protocol):
+    """What a step needs of a batch: ids, targets, and whether rows continue the batch before."""
+
+    tokens: Tensor
+    target: Tensor
+    carry: bool
+
+
+class LanguageModel(LightningModule):
+    """p(next token | tokens before) as an encoder and an exchangeable output head.
+
+    The loss of an optimizer step is the mean over all targets that are not ignored, of all ranks
+    and of all accumulated batches: it equals one process on the joined batch. Evaluation goes
+    through `head.log_prob(hidden, target)`, never through the loss, which may be a surrogate.
+
+    A factory is a class, `functools.partial` of a class, or `{"class_path", "init_args"}`. A
+    checkpoint holds the factories as plain data, with every choice that was derived from the data,
+    beside vocabulary, counts and weights: `LanguageModel.load_from_checkpoint(path)` needs
+    nothing else, and the file loads with `torch.load(path, weights_only=True)`.
+
+    Logs `train/loss` (nats a target, over all ranks and accumulated batches), `val/nll` and
+    `test/nll` (nats a token), `val/ppl` and `test/ppl`.
+
+    Args:
+        encoder: Makes the encoder from `(vocab_size, counts)`.
+        head: Makes the output head from `(encoder.hidden_size, vocab_size, counts)`.
+        counts: Training-set frequency of each id, `(vocab_size,)`; its length is `vocab_size`.
+        vocab: The vocabulary of the ids; kept in the checkpoint. Where it ranks the ids of a
+            pretrained tokenizer, the encoder's pretrained embedding is reordered to its ids.
+        tie_weights: Share the encoder's embedding with the head.
+        optimizer: Makes the optimizer from the trainable parameters.
+        lr_scheduler: Makes a schedule from `(optimizer, total_steps)`, stepped once per optimizer
+            step; `None` for a constant learning rate.
+
+    Raises:
+        ValueError: If a factory cannot be written into a checkpoint, `counts` and `vocab` differ
+            in length, or a part refuses its options.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderFactory,
+        head: HeadFactory,
+        counts: Tensor,
+        *,
+        vocab: Vocab | None = None,
+        tie_weights: bool = False,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory | None = None,
+    ) -> None:
+        super().__init__()
+        saved = isinstance(vocab, Mapping)  # a checkpoint hands over the written form
+        self.vocab = Vocab.from_state_dict(dict(vocab)) if isinstance(vocab, Mapping) else vocab
+        if self.vocab is not None and len(self.vocab) != len(counts):
+            raise ValueError(f"{len(counts)} counts for a vocabulary of {len(self.vocab)} tokens")
+        encoder_spec = factory.describe(encoder, "encoder")
+        head_spec = factory.describe(head, "head")
+
+        self.encoder: Encoder = factory.build(
+            encoder_spec, Encoder, len(counts), counts, name="encoder"
+        )
+        if self.vocab is not None and self.vocab.original_ids is not None and not saved:
+            self.encoder.permute_embedding(self.vocab.original_ids)
+        sizes = self.encoder.hidden_size, len(counts)
+        self.head: OutputHead = factory.build(head_spec, OutputHead, *sizes, counts, name="head")
+        if tie_weights:
+            self.head.tie_weight(self.encoder.embedding)
+        self.val_perplexity = Perplexity()
+        self.test_perplexity = Perplexity()
+        self._states: dict[str, tuple[int, Any]] = {}  # stage: (batch size, encoder state)
+        self._moment: dict[str, Any] = {}  # of the checkpoint to go on from
+        self._window: list[Tensor] = []  # [nats, targets] over all ranks, a tensor a micro-batch
+
+        self.save_hyperparameters(
+            {
+                "encoder": _pinned(encoder_spec, self.encoder),
+                "head": _pinned(head_spec, self.head),
+                "requested": {"encoder": encoder_spec, "head": head_spec},
+                "counts": counts,
+                "vocab": None if self.vocab is None else self.vocab.state_dict(),
+                "tie_weights": tie_weights,
+                "optimizer": factory.describe(optimizer, "optimizer"),
+                "lr_scheduler": lr_scheduler and factory.describe(lr_scheduler, "lr_scheduler"),
+            },
+            logger=False,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the trainable parameters, and its schedule for each step."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        spec = self.hparams["optimizer"]
+        optimizer = factory.build(spec, Optimizer, parameters, name="optimizer")
+        self._check_scaling(optimizer)
+        if (spec := self.hparams["lr_scheduler"]) is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        schedule = factory.build(spec, LRScheduler, optimizer, steps, name="lr_scheduler")
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The summed loss over the number of targets of the first micro-batch of the window.
+
+        Lightning divides the loss by the number of accumulated batches and DDP the gradients by
+        the number of ranks; what is then missing to the mean over all targets of the window is
+        known only at its end, and made good in `on_before_optimizer_step`.
+
+        Returns:
+            `loss`, and of this micro-batch over all ranks its summed loss `nats` and its number of
+            `targets`.
+        """
+        loss = self.head.loss(self._encode(batch, "train"), batch.target, reduction="sum")
+        targets = (batch.target != self.head.ignore_index).sum()
+        total = torch.stack([loss.detach(), targets.to(loss.dtype)])
+        if self.trainer.world_size > 1:
+            total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum"))
+        self._window.append(total)
+        self._log_loss()
+        scale = self.trainer.world_size / self._window[0][1].clamp(min=1)
+        return {"loss": loss * scale, "nats": total[0], "targets": total[1]}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn accumulated gradients into those of the mean over all targets; before clipping."""
+        if (accumulated := self.trainer.accumulate_grad_batches) > 1:
+            first = self._window[0][1].clamp(min=1)
+            targets = torch.stack(self._window).sum(0)[1].clamp(min=1)
+            scale = first * accumulated / targets
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._window.clear()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the exact perplexity."""
+        self._evaluate(batch, "val", self.val_perplexity)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the exact perplexity."""
+        self._evaluate(batch, "test", self.test_perplexity)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Log-probability of each target in nats, `(batch, time)`; 0 where it is ignored."""
+        return self.head.log_prob(self._encode(batch, "predict"), batch.target)
+
+    def on_train_epoch_start(self) -> None:
+        """A new pass over the text: no state, and no half window of a stopped epoch."""
+        self._states.pop("train", None)
+        self._window.clear()
+
+    def on_validation_epoch_start(self) -> None:
+        """A new pass over the text."""
+        self._states.pop("val", None)
+
+    def on_test_epoch_start(self) -> None:
+        """A new pass over the text."""
+        self._states.pop("test", None)
+
+    def on_predict_epoch_start(self) -> None:
+        """A new pass over the text."""
+        self._states.pop("predict", None)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the perplexity of the whole split."""
+        self._log_perplexity("val", self.val_perplexity)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the perplexity of the whole split."""
+        self._log_perplexity("test", self.test_perplexity)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the next step depends on beside the weights: random numbers, carried state."""
+        moment: dict[str, Any] = {"cpu_random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            moment["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        if self.trainer.world_size == 1:  # other processes have states of their own
+            moment["state"] = self._states.get("train")
+        checkpoint["moment"] = moment
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the weights of another structure or vocabulary in one line."""
+        self.check_checkpoint(checkpoint)
+        self._moment = checkpoint.get("moment", {})
+
+    def on_train_start(self) -> None:
+        """Goes on from the moment of the checkpoint that the training resumes from."""
+        moment, self._moment = self._moment, {}
+        if not moment or self.trainer.ckpt_path is None:
+            return
+        torch.set_rng_state(moment["cpu_random"].cpu())
+        if self.device.type == "cuda" and "cuda_random" in moment:
+            torch.cuda.set_rng_state(moment["cuda_random"].cpu(), self.device)
+        if moment.get("state") is not None:
+            size, state = moment["state"]
+            self._states["train"] = (size, _detached(state, self.device))
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compares structure and vocabulary of a checkpoint with this model's.
+
+        Raises:
+            ValueError: If the weights do not fit; names the options that differ.
+        """
+        theirs = checkpoint.get("hyper_parameters", {})
+        if not {"encoder", "head", "counts", "vocab"} <= set(theirs):
+            raise ValueError("not the checkpoint of a LanguageModel: it holds no encoder and head")
+        if self.vocab is not None and theirs["vocab"] is not None:
+            vocab = Vocab.from_state_dict(theirs["vocab"])
+            if vocab.fingerprint != self.vocab.fingerprint:
+                raise ValueError(
+                    f"the checkpoint was trained with another vocabulary: "
+                    f"{len(vocab)} tokens there, {len(self.vocab)} here, or in another order"
+                )
+        here = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        there = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        if here != there:
+            options = factory.differences(_options(theirs), _options(self.hparams))
+            differences = options or factory.differences(there, here)
+            raise ValueError(f"the checkpoint holds another model: {'; '.join(differences[:4])}")
+
+    def _check_scaling(self, optimizer: Optimizer) -> None:
+        """Refuse what only fails at the first step: a fused optimizer takes scaled gradients."""
+        scales = getattr(self.trainer, "scaler", None) is not None
+        if scales and self.trainer.gradient_clip_val and optimizer.defaults.get("fused"):
+            raise ValueError(
+                "a fused optimizer cannot clip gradients under 16-mixed: set "
+                "model.optimizer.init_args.fused to false, or trainer.precision to bf16-mixed"
+            )
+
+    def _encode(self, batch: Batch, stage: str) -> Tensor:
+        """Hidden vectors; each stage carries a state of its own from batch to batch."""
+        size = len(batch.tokens)
+        before, state = self._states.get(stage, (size, None))
+        if not batch.carry or before != size:
+            state = None
+        hidden, state = self.encoder(batch.tokens, state)
+        self._states[stage] = (size, _detached(state, hidden.device))
+        return hidden
+
+    def _log_loss(self) -> None:
+        """Logs nats a target over the window so far, where the trainer logs this step.
+
+        Raises:
+            ValueError: If it is nan.
+        """
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every < 1 or (self.global_step + 1) % every:
+            return
+        # On the host, or the progress bar waits for the device each time it is drawn.
+        nats, targets = torch.stack(self._window).sum(0).cpu()
+        if nats.isnan():
+            raise ValueError(
+                f"train/loss is nan at step {self.global_step}: training diverged (lower the "
+                f"learning rate or set trainer.gradient_clip_val), or a target on the GPU is not "
+                f"in [0, {self.head.vocab_size})"
+            )
+        self.log("train/loss", nats / targets.clamp(min=1), prog_bar=True, batch_size=1)
+
+    def _evaluate(self, batch: Batch, stage: str, perplexity: Perplexity) -> None:
+        log_prob = self.head.log_prob(self._encode(batch, stage), batch.target)
+        perplexity.update(log_prob, batch.target, self.head.ignore_index)
+
+    def _log_perplexity(self, stage: str, perplexity: Perplexity) -> None:
+        self.log(f"{stage}/nll", perplexity.nll(), sync_dist=True)  # equal on all ranks already
+        self.log(f"{stage}/ppl", perplexity.compute(), prog_bar=True, sync_dist=True)
+        perplexity.reset()
+
+
+def _pinned(spec: factory.Spec, part: nn.Module) -> factory.Spec:
+    """The factory with every choice that its product derived from data."""
+    init_args = dict(spec["init_args"])
+    for name, value in init_args.items():
+        if factory.is_spec(value) and isinstance(child := getattr(part, name, None), nn.Module):
+            init_args[name] = _pinned(value, child)
+    structure: Callable[[], dict[str, Any]] = getattr(part, "structure", dict)
+    return {"class_path": spec["class_path"], "init_args": init_args | structure()}
+
+
+def _detached(state: Any, device: torch.device) -> Any:
+    """A nested state without its graph."""
+    if isinstance(state, tuple):
+        return tuple(_detached(item, device) for item in state)
+    return None if state is None else state.detach().to(device)
+
+
+def _options(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model as `{"head": "AdaptiveSoftmax", "head.cutoffs": [...], ...}`."""
+    parts = {
+        name: factory.complete(hparams[name], base, name)
+        for name, base in (("encoder", Encoder), ("head", OutputHead))
+    }
+    return factory.flatten(parts) | {"tie_weights": hparams["tie_weights"]}

@@ -1,10 +1,17 @@
-"""What every test starts from: a seed, torch's defaults, no hub, a cache of its own."""
+"""What every test starts from: a seed, torch's defaults, no hub, caches of its own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+CACHES = tempfile.mkdtemp(prefix="lm_softmax_tests_")  # the datasets library reads it at import
+atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+os.environ["HF_DATASETS_CACHE"] = os.path.join(CACHES, "datasets")
+os.environ["LM_SOFTMAX_CACHE"] = os.path.join(CACHES, "tokens")
 
 import pytest
 import torch
@@ -18,10 +25,3 @@ def _fresh_torch():
     yield
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path_factory, monkeypatch):
-    cache = tmp_path_factory.getbasetemp() / "caches"
-    monkeypatch.setenv("LM_SOFTMAX_CACHE", str(cache / "tokens"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))

@@ -12,6 +12,7 @@ PUBLIC = {
         "Objective",
         "Tail",
         "accumulation_dtype",
+        "autocast_off",
         "cluster_loss",
         "cluster_nll",
         "product_dtype",

@@ -203,7 +203,9 @@ def _checked_tail_sizes(
 ) -> list[int]:
     if tail_sizes is None:
         return resolve_tail_sizes(hidden_size, num_tails, div_value, min_tail_size)
-    if len(tail_sizes) != num_tails or any(size < 1 for size in tail_sizes):
+    if len(tail_sizes) != num_tails or any(
+        not isinstance(size, int) or size < 1 for size in tail_sizes
+    ):
         raise ValueError(
             f"tail_sizes must be {num_tails} widths of at least 1, got {list(tail_sizes)}"
         )

@@ -36,7 +36,7 @@ class OutputHead(nn.Module, ABC):
         hidden_size: Width of `hidden`.
         vocab_size: Number of words.
         counts: How often each word occurs in the training set, by id, `(vocab_size,)`; a count of 0
-            counts as 1. None assumes Zipf's law with exponent 1.
+            counts as 1. Where they decide a structure, None assumes Zipf's law with exponent 1.
         ignore_index: Target of positions that count for nothing.
 
     Raises:
@@ -52,9 +52,11 @@ class OutputHead(nn.Module, ABC):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        if hidden_size < 1 or vocab_size < 1:
+        sizes = (hidden_size, vocab_size)
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise ValueError(
-                f"hidden_size and vocab_size must be at least 1, got {hidden_size} and {vocab_size}"
+                f"hidden_size and vocab_size must be whole numbers of at least 1,"
+                f" got {hidden_size} and {vocab_size}"
             )
         if 0 <= ignore_index < vocab_size:
             raise ValueError(
@@ -127,7 +129,7 @@ class OutputHead(nn.Module, ABC):
         Raises:
             ValueError: If `k` is not in `[1, vocab_size]`.
         """
-        if not 1 <= k <= self.vocab_size:
+        if not (isinstance(k, int) and 1 <= k <= self.vocab_size):
             raise ValueError(f"k must be in [1, vocab_size={self.vocab_size}], got {k}")
         rows = self._flatten(hidden)
         found = [_stable_topk(self.log_prob(part), k) for part in self._row_chunks(rows)]
@@ -162,7 +164,11 @@ class OutputHead(nn.Module, ABC):
             return best.expand(*hidden.shape[:-1], num_samples).contiguous()
         drawn = []
         for part in self._row_chunks(self._flatten(hidden)):
-            weights = torch.softmax(self.log_prob(part).double() / temperature, -1)
+            log_probs = self.log_prob(part)
+            if log_probs.device.type != "mps":  # which has no float64
+                log_probs = log_probs.double()
+            best = log_probs.amax(-1, keepdim=True)  # subtracted lest a quotient overflow
+            weights = torch.softmax((log_probs - best) / temperature, -1)
             weights = _truncate(weights, top_k, top_p)
             drawn.append(_draw(weights, num_samples, generator))
         return torch.cat(drawn).view(*hidden.shape[:-1], num_samples)
@@ -213,7 +219,8 @@ class OutputHead(nn.Module, ABC):
                 )
             return rows, flat, rows.new_zeros((), dtype=torch.float32)
         flat = flat.masked_fill(wrong, self.ignore_index)
-        return rows, flat, torch.where(wrong.any(), torch.nan, 0.0)
+        poison = rows.new_zeros((), dtype=torch.float32)
+        return rows, flat, poison.masked_fill(wrong.any(), torch.nan)
 
     def _reduce(self, losses: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
         """Reduce losses that are 0 where ignored."""
@@ -255,15 +262,14 @@ class OutputHead(nn.Module, ABC):
 
 
 def _check_counts(counts: Tensor, vocab_size: int) -> None:
-    if counts.shape != (vocab_size,):
-        raise ValueError(
-            f"counts must hold one number a word, ({vocab_size},), got {tuple(counts.shape)}"
-        )
-    if counts.is_floating_point() and not counts.isfinite().all():
+    if not isinstance(counts, Tensor) or counts.shape != (vocab_size,):
+        got = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+        raise ValueError(f"counts must be a tensor, one number a word, ({vocab_size},), got {got}")
+    if not counts.isfinite().all():
         raise ValueError("counts must be finite")
-    lowest = counts.min().item()
-    if lowest < 0:
-        raise ValueError(f"counts must not be negative, got {lowest}")
+    parts = counts[(counts != 0) & (counts < 1)]
+    if parts.numel():
+        raise ValueError(f"counts must be 0 or at least 1, got {parts[0].item()}: no frequencies")
     effective = counts.clamp(min=1)
     rises = (effective[1:] > effective[:-1]).nonzero()
     if rises.numel():
@@ -310,6 +316,8 @@ def _draw(weights: Tensor, num_samples: int, generator: torch.Generator | None) 
     `torch.multinomial` refuses more than 2**24 words.
     """
     sums = weights.cumsum(-1)
+    if sums[:, -1].isnan().any():
+        raise ValueError("hidden gives some position no distribution to draw from, but nan")
     shape = (weights.shape[0], num_samples)
     uniform = torch.rand(shape, generator=generator, dtype=weights.dtype, device=weights.device)
     drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)

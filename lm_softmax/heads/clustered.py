@@ -1,5 +1,6 @@
 """What the full and the adaptive softmax share: an exact loss by the cluster kernel."""
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -12,6 +13,7 @@ from lm_softmax.kernels import (
     Clusters,
     Objective,
     accumulation_dtype,
+    autocast_off,
     cluster_loss,
     cluster_nll,
     product_dtype,
@@ -42,12 +44,13 @@ class ClusteredHead(OutputHead):
         ignore_index: int,
     ) -> None:
         super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
-        if objective.softcap is not None and not objective.softcap > 0:
-            raise ValueError(f"softcap must be above 0, got {objective.softcap}")
+        softcap = objective.softcap
+        if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+            raise ValueError(f"softcap must be above 0 and finite, got {softcap}")
         if not 0 <= objective.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {objective.label_smoothing}")
-        if not objective.z_loss >= 0:
-            raise ValueError(f"z_loss must be at least 0, got {objective.z_loss}")
+        if not (objective.z_loss >= 0 and math.isfinite(objective.z_loss)):
+            raise ValueError(f"z_loss must be at least 0 and finite, got {objective.z_loss}")
         self.objective = objective
 
     @abstractmethod
@@ -97,7 +100,7 @@ def dense_log_probs(
 ) -> Tensor:
     """`F.log_softmax(F.linear(rows, weight, bias), -1)` in at least float32, under autocast too."""
     dtype = product_dtype(rows, weight)
-    with torch.autocast(rows.device.type, enabled=False):
+    with autocast_off(rows):
         logits = F.linear(rows.to(dtype), weight.to(dtype))
         logits = logits.to(accumulation_dtype(dtype))
         if bias is not None:
@@ -110,7 +113,7 @@ def dense_log_probs(
 def project(rows: Tensor, projection: Tensor) -> Tensor:
     """`F.linear(rows, projection)` in the dtype of the kernel's products."""
     dtype = product_dtype(rows, projection)
-    with torch.autocast(rows.device.type, enabled=False):
+    with autocast_off(rows):
         return F.linear(rows.to(dtype), projection.to(dtype))
 
 

@@ -16,7 +16,7 @@ MIN_VOCAB_SIZE = 2000  # below this a full softmax is cheaper than any split
 
 def zipf_counts(vocab_size: int) -> Tensor:
     """Counts of `vocab_size` ranked words under Zipf's law with exponent 1, float64."""
-    return vocab_size / torch.arange(1, vocab_size + 1, dtype=torch.float64)
+    return vocab_size / torch.arange(1, vocab_size + 1, dtype=torch.float64, device="cpu")
 
 
 def resolve_cutoffs(
@@ -40,6 +40,8 @@ def resolve_cutoffs(
         if cutoffs != "auto":
             raise ValueError(f'cutoffs must be "auto" or a list of ids, got {cutoffs!r}')
         return _coverage_cutoffs(vocab_size, counts)
+    if not isinstance(cutoffs, Sequence):
+        raise ValueError(f'cutoffs must be "auto" or a list of ids, got {cutoffs!r}')
     ids = [int(cutoff) for cutoff in cutoffs]
     if any(cutoff != given for cutoff, given in zip(ids, cutoffs, strict=True)):
         raise ValueError(f"cutoffs must be whole numbers, got {list(cutoffs)}")
@@ -58,7 +60,8 @@ def _coverage_cutoffs(vocab_size: int, counts: Tensor | None) -> list[int]:
         return []
     ranked = zipf_counts(vocab_size) if counts is None else counts.to("cpu", torch.float64)
     covered = ranked.clamp(min=1).cumsum(0)
-    ids = (torch.searchsorted(covered, covered[-1] * torch.tensor(COVERAGE)) + 1).tolist()
+    shares = covered.new_tensor(COVERAGE) * covered[-1]
+    ids = (torch.searchsorted(covered, shares) + 1).tolist()
     return sorted({cutoff for cutoff in ids if cutoff < vocab_size})
 
 

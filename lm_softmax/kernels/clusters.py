@@ -7,7 +7,7 @@ break `torch.compile(fullgraph=True)`.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,10 @@ from lm_softmax.kernels.dense import (
     Matrix,
     Objective,
     accumulation_dtype,
+    autocast_off,
     dense_pass,
     product_dtype,
+    reads_are_cheap,
 )
 
 
@@ -126,22 +128,19 @@ class _Order(NamedTuple):
 def _sort(hidden: Tensor, target: Tensor, clusters: Clusters, ignored: Tensor) -> _Order:
     """Order of the tokens that count, by one sort and one host synchronisation."""
     sizes = [clusters.weight.shape[0], *(tail.weight.shape[0] for tail in clusters.tails)]
-    starts = torch.tensor(sizes).cumsum(0)[:-1]
-    cluster = torch.bucketize(target, starts.to(target.device), right=True)
-    cluster = cluster.masked_fill(ignored, len(sizes))
-    counts = cluster.bincount(minlength=len(sizes) + 1).tolist()
-    tokens = cluster.argsort(stable=True)[: target.shape[0] - counts[-1]]
-    wanted, cluster = target[tokens], cluster[tokens]
-    ends = torch.tensor(counts[:-1]).cumsum(0).tolist()
+    *starts, _ = accumulate(sizes)
+    cluster = torch.zeros_like(target)
+    for start in starts:
+        cluster += target >= start
+    cluster, tokens = cluster.masked_fill(ignored, len(sizes)).sort(stable=True)
+    borders = torch.arange(1, len(sizes) + 1, device=target.device)
+    ends = torch.searchsorted(cluster, borders).tolist()
+    tokens, cluster = tokens[: ends[-1]], cluster[: ends[-1]]
+    wanted = target[tokens]
     slices = [slice(start, end) for start, end in pairwise(ends)]
-    relative = [wanted[part] - start for part, start in zip(slices, starts.tolist(), strict=True)]
+    relative = [wanted[part] - start for part, start in zip(slices, starts, strict=True)]
     wanted = torch.where(cluster == 0, wanted, sizes[0] - 1 + cluster)
     return _Order(tokens, hidden[tokens], wanted, slices, relative)
-
-
-def reads_are_cheap(tensor: Tensor) -> bool:
-    """Whether the host may look at values without waiting for a device."""
-    return tensor.is_cpu
 
 
 def _losses(
@@ -247,7 +246,7 @@ def _token_losses(
     z_loss: float,
 ) -> Tensor:
     """Loss of each token; its backward is `_loss_and_gradients` scaled token by token."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast_off(hidden):
         return _losses(
             hidden,
             target,
@@ -284,7 +283,7 @@ def _loss_and_gradients(
         else None
         for tensor, need in zip((hidden, *parameters), needs, strict=True)
     ]
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast_off(hidden):
         losses = _losses(
             hidden,
             target,
@@ -356,11 +355,11 @@ def _backward_token_losses(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, target, scale, parameters, *options = inputs
+    hidden, target, _, parameters, *options = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden, target, *parameters)
-    ctx.scale, ctx.options = scale, options
+    ctx.options = options
     ctx.made = output[1:]
 
 
@@ -373,7 +372,7 @@ def _backward_gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, 
     hidden, target, *parameters = ctx.saved_tensors
     made, ctx.made = ctx.made, None  # scaled in place and handed out, by the first backward
     if made is None:
-        made = _loss_and_gradients(hidden, target, ctx.scale, parameters, needs, *options)[1:]
+        made = _loss_and_gradients(hidden, target, None, parameters, needs, *options)[1:]
     of_hidden, *of_parameters = (
         gradient.mul_(factor).to(tensor.dtype) if need else None
         for gradient, tensor, need in zip(made, (hidden, *parameters), needs, strict=True)

@@ -7,6 +7,7 @@ and multiplied into the gradients of hidden and weight before the next chunk ove
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ CHUNK_BYTES = 64 * 2**20  # of logits: smaller chunks make the matrix products s
 MIN_CHUNK_ROWS = 64  # below this the matrix products are bound by reading the weights
 WHOLE_BYTES = 2**24  # up to here one chunk holds all rows, beyond at most a quarter of them
 FP16_GAIN = 256.0  # lifts small probabilities out of fp16's subnormals; undone in float32
-UNDERFLOW = 1e-30  # a float32 probability below this no longer tells the log-sum-exp
+UNDERFLOW = 1e-30  # a float32 probability below this no longer tells its logarithm
 
 
 class _Buffers(threading.local):
@@ -77,9 +78,23 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    has_autocast = torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+
+
+def autocast_off(like: Tensor) -> AbstractContextManager[object]:
+    """Inside, operations keep the dtypes they are given, on devices that have no autocast too."""
+    device = like.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def reads_are_cheap(like: Tensor) -> bool:
+    """Whether the host may look at values, and keep memory, without a device that waits for it."""
+    return like.is_cpu
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
@@ -97,7 +112,7 @@ def workspace(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype)
     There a fresh block of this size costs as much in page faults as the softmax itself; the
     allocators of other devices keep their memory.
     """
-    if not like.is_cpu:
+    if not reads_are_cheap(like):
         return torch.empty(shape, dtype=dtype, device=like.device)
     size = shape[0] * shape[1]
     held = _buffers.held.get((name, dtype))
@@ -217,10 +232,10 @@ def _row_losses(
     column = target.unsqueeze(1)
     target_logit = logits.gather(1, column).squeeze(1)
     mean_logit = logits.mean(1) if smoothing else None
-    lse = _softmax_in_place(logits, column, target_logit, inputs, matrix, softcap)
-    loss = lse - target_logit
+    nll = _softmax_in_place(logits, column, target_logit, inputs, matrix, softcap)
+    lse, loss = target_logit + nll, nll
     if mean_logit is not None:
-        loss = (1 - smoothing) * loss + smoothing * (lse - mean_logit)
+        loss = (1 - smoothing) * nll + smoothing * (lse - mean_logit)
     if z_loss:
         loss = loss + z_loss * lse.square()
     if not with_derivative:
@@ -241,25 +256,26 @@ def _softmax_in_place(
     matrix: Matrix,
     softcap: float | None,
 ) -> Tensor:
-    """Turn logits into probabilities; returns the log-sum-exp of each row.
+    """Turn logits into probabilities; returns the negative log-probability of each target.
 
     The fused softmax reads a row while it is in the cache, 2.5 times faster than subtract, exp and
-    sum one by one. The log-sum-exp follows from any word whose logit and probability are both
-    known: on a CPU the target, rows where its probability underflows being computed anew;
-    elsewhere the most probable word, which needs no look at the values.
+    sum one by one. Where the probability underflows, its logarithm comes from the log-sum-exp: of
+    the logits made anew on a CPU, elsewhere of the logit and the probability of the most probable
+    word, which needs no look at the values.
     """
-    if not logits.is_cpu:
-        largest = logits.amax(1)
+    if reads_are_cheap(logits):
         torch.softmax(logits, -1, out=logits)
-        return largest - logits.amax(1).log()
+        probability = logits.gather(1, column).squeeze(1)
+        nll, lost = -probability.log(), probability < UNDERFLOW
+        if lost.any():
+            again = _logits(inputs[lost], matrix, softcap, torch.empty_like(logits[lost]))
+            nll[lost] = torch.logsumexp(again, 1) - target_logit[lost]
+        return nll
+    largest = logits.amax(1)
     torch.softmax(logits, -1, out=logits)
     probability = logits.gather(1, column).squeeze(1)
-    lse = target_logit - probability.log()
-    lost = probability < UNDERFLOW
-    if lost.any():
-        again = logits.new_empty(int(lost.sum()), logits.shape[1])
-        lse[lost] = torch.logsumexp(_logits(inputs[lost], matrix, softcap, again), 1)
-    return lse
+    lse = largest - logits.amax(1).log()
+    return torch.where(probability < UNDERFLOW, lse - target_logit, -probability.log())
 
 
 def _add_gradients(

@@ -307,9 +307,22 @@ class TestPrecision:
                 parameter.mul_(300)
         exact = copy.deepcopy(head).double()
         expected = exact.log_prob(hidden.double()).gather(-1, target[:, None]).squeeze(-1)
-        assert_close(head.log_prob(hidden, target).double(), expected, rtol=1e-5, atol=1e-2)
+        assert_close(head.log_prob(hidden, target).double(), expected, rtol=3e-6, atol=1e-3)
         for gradient in gradients(head.loss(hidden, target), head, hidden):
             assert gradient.isfinite().all()
+
+    def test_confident_words_are_as_exact_as_the_naive_code(self, case):
+        """Losses near 0 next to large logits: -log p, not a difference of large numbers."""
+        head, hidden, _ = problem(case, (4, 57, (400,)))
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.mul_(6)
+        target = head.topk(hidden, 1).indices.squeeze(-1)
+        exact = copy.deepcopy(head).double()
+        expected = case.naive(exact, hidden.double()).gather(-1, target[:, None]).squeeze(-1)
+        naive = case.naive(head, hidden).gather(-1, target[:, None]).squeeze(-1)
+        error = (head.log_prob(hidden, target) - expected).abs().mean()
+        assert error <= 1.1 * (naive - expected).abs().mean() + 1e-7
 
     def test_float64_stays_float64_under_autocast(self, case):
         head, hidden, target = problem(case, dtype=torch.float64)
@@ -342,7 +355,7 @@ class TestTopK:
         order = head.log_prob(hidden).sort(stable=True, dim=-1, descending=True).indices
         assert (indices == order[..., :7]).all()
 
-    @pytest.mark.parametrize("k", [0, -1, 102])
+    @pytest.mark.parametrize("k", [0, -1, 102, 2.0])
     def test_bad_k(self, case, k):
         head, hidden, _ = problem(case)
         with pytest.raises(ValueError, match=rf"\[1, vocab_size=101\], got {k}"):
@@ -387,6 +400,14 @@ class TestSample:
         drawn = head.sample(hidden, 20_000, generator=generator, **options)
         for row, log_probs in zip(drawn, head.log_prob(hidden), strict=True):
             assert chi_square(row, truncated(log_probs, **options)) > 1e-4
+
+    def test_extreme_temperatures(self, case):
+        head, hidden, _ = problem(case)
+        best = head.topk(hidden, 1).indices
+        assert (head.sample(hidden, 2, temperature=1e-310) == best).all()
+        hidden = torch.full_like(hidden, torch.nan)
+        with pytest.raises(ValueError, match="nan"):
+            head.sample(hidden)
 
     def test_generator_decides(self, case):
         head, hidden, _ = problem(case)
@@ -479,17 +500,19 @@ class TestModule:
         [
             (torch.ones(100), r"\(101,\), got \(100,\)"),
             (torch.arange(101), "word 2 has count 2 after 1"),
-            (torch.linspace(5, -1, 101), "negative, got -1"),
+            (torch.linspace(5, -1, 101), "0 or at least 1, got 0.9"),
+            (1 / torch.arange(1.0, 102), "0 or at least 1, got 0.5"),
+            ([1] * 101, r"\(101,\), got list"),
             (torch.full((101,), torch.inf), "finite"),
         ],
-        ids=["length", "order", "negative", "infinite"],
+        ids=["length", "order", "negative", "frequencies", "list", "infinite"],
     )
     def test_bad_counts(self, case, counts, message):
         with pytest.raises(ValueError, match=message):
             case.make(13, 101, counts)
 
     def test_bad_sizes(self, case):
-        for arguments in ((0, 10), (10, 0), (-3, 5)):
+        for arguments in ((0, 10), (10, 0), (-3, 5), (8.0, 10)):
             with pytest.raises(ValueError, match=f"{arguments[0]} and {arguments[1]}"):
                 case.make(*arguments)
         with pytest.raises(ValueError, match=r"ignore_index.*got 5"):
@@ -508,7 +531,11 @@ class TestModule:
         expected = head.loss(hidden, target)
         moved = head.double().float()
         assert_close(moved.loss(hidden, target), expected, rtol=0, atol=0)
-        assert all(p.is_meta for p in copy.deepcopy(head).to("meta").parameters())
+        with torch.device("meta"):
+            abstract = case.make(head.hidden_size, head.vocab_size)
+        assert all(parameter.is_meta for parameter in abstract.parameters())
+        assert abstract.loss(hidden.to("meta"), target.to("meta")).is_meta
+        assert abstract.log_prob(hidden.to("meta")).shape == (*hidden.shape[:-1], head.vocab_size)
 
     def test_compiles_as_one_graph(self, case):
         head, hidden, target = problem(case)

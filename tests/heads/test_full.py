@@ -99,11 +99,13 @@ def test_tying_to_another_shape_is_refused(embedding):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
+        ({"softcap": 0.0}, "softcap must be above 0 and finite, got 0.0"),
         ({"softcap": -1.0}, "got -1.0"),
         ({"label_smoothing": 1.0}, r"\[0, 1\), got 1.0"),
         ({"label_smoothing": -0.1}, "got -0.1"),
-        ({"z_loss": -1e-4}, "z_loss must be at least 0, got -0.0001"),
+        ({"softcap": float("inf")}, "got inf"),
+        ({"z_loss": float("inf")}, "got inf"),
+        ({"z_loss": -1e-4}, "z_loss must be at least 0 and finite, got -0.0001"),
         ({"z_loss": float("nan")}, "got nan"),
     ],
 )

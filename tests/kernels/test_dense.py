@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm_softmax.kernels import Clusters, Tail, cluster_loss, dense
-from lm_softmax.kernels import clusters as clusters_module
 
 
 @given(rows=st.integers(0, 10**6), vocab_size=st.integers(1, 10**7))
@@ -148,6 +147,31 @@ def test_fp16_operands_neither_overflow_nor_vanish(scaled, monkeypatch):
         assert ((low == 0) & (exact != 0)).sum() == 0
 
 
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The paths of a device that the host does not wait for, run on a CPU."""
+    for module in ("dense", "clusters"):
+        monkeypatch.setattr(f"lm_softmax.kernels.{module}.reads_are_cheap", lambda tensor: False)
+
+
+def test_an_accelerator_computes_the_same(accelerator):
+    """Extreme logits included: probabilities of the target that underflow."""
+    hidden, short_list, words, projection, rare = parameters(
+        (60, 5), (9, 5), (1, 5), (3, 5), (8, 3)
+    )
+    target = torch.randint(17, (60,))
+    for factor in (1.0, 60.0):
+        clusters = Clusters(short_list * factor, words, None, [Tail(projection, rare, None)])
+        head = F.linear(hidden, torch.cat([short_list * factor, words])).log_softmax(-1)
+        inside = F.linear(F.linear(hidden, projection), rare).log_softmax(-1)
+        all_words = torch.cat([head[:, :9], head[:, 9:] + inside], 1)
+        expected = F.nll_loss(all_words, target, reduction="sum")
+        inputs = (hidden, short_list, words, projection, rare)
+        loss = cluster_loss(hidden, target, clusters)
+        assert_close(loss, expected, rtol=1e-12, atol=0)
+        assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs))
+
+
 def test_a_full_softmax_off_the_cpu_masks_instead_of_dropping(monkeypatch):
     """The sort-free path of accelerators, run on a CPU."""
     hidden, weight, bias = parameters((9, 4), (13, 4), (13,))
@@ -156,7 +180,7 @@ def test_a_full_softmax_off_the_cpu_masks_instead_of_dropping(monkeypatch):
     clusters = Clusters(weight, None, bias)
     expected = cluster_loss(hidden, target, clusters)
     wanted = torch.autograd.grad(expected, (hidden, weight, bias))
-    monkeypatch.setattr(clusters_module, "reads_are_cheap", lambda tensor: False)
+    monkeypatch.setattr("lm_softmax.kernels.clusters.reads_are_cheap", lambda tensor: False)
     poisoned = hidden.detach().index_fill(0, torch.tensor([0, 5]), torch.nan).requires_grad_()
     loss = cluster_loss(poisoned, target, clusters)
     assert_close(loss, expected)

@@ -492,6 +492,10 @@ def test_ctrl_c_says_what_to_go_on_from(place):
         "fit --run stopped --ckpt_path last"
     )
     assert json.loads(Path("stopped/summary.json").read_text())["status"] == "interrupted"
+    assert rows(Path("stopped"))[-1]["step"] == "13"
+    done(*FIT[:3], "--run", "stopped", "--ckpt_path", "last", "--trainer.max_epochs=2")
+    steps = [int(row["step"]) for row in rows(Path("stopped")) if row["train/loss"]]
+    assert steps == list(range(1, 20, 2))  # none of those after the checkpoint twice
     said = call(*stopped(0), "--run", "never")
     assert said.code == 130
     assert said.err.splitlines()[-1] == "interrupted before the first checkpoint"
@@ -534,6 +538,19 @@ def test_train_py_without_the_extra_says_what_to_install(tmp_path):
     )
     assert said.returncode == 2
     assert said.stderr == 'error: lightning is missing: pip install "lm_softmax[train]"\n'
+
+
+def test_a_process_of_its_own_says_nothing_but_the_error(place):
+    said = subprocess.run(
+        [sys.executable, str(TRAIN_PY), *FIT, "--model.head.cutoffs=[7,5]"],
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 2
+    assert said.stdout == ""
+    assert said.stderr == (
+        "error: cutoffs must be strictly increasing inside (0, 15), got [7, 5]\n"
+    )
 
 
 def test_help_of_a_command_needs_nothing():

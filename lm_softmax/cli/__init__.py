@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from lm_softmax.cli.allocator import keep_pages
 from lm_softmax.cli.command import TrainCLI
 from lm_softmax.cli.messages import user_error
-from lm_softmax.kernels import warm_up
 
 __all__ = ["TrainCLI", "main"]
 
@@ -22,7 +22,8 @@ IRRELEVANT_WARNINGS = (
     r"Experiment logs directory .* exists and is not empty",  # its rows are kept
 )
 IRRELEVANT_LOGS = re.compile(
-    r"(GPU|TPU|HPU) available|💡 Tip|`weights_only` was not set|Loading `train_dataloader`"
+    r"(GPU|TPU|HPU) available|💡 Tip|`weights_only` was not set|Loading `train_dataloader`|"
+    r"(\[rank: \d+\] )?Seed set to"
 )
 
 
@@ -35,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: If the command did not come to its end.
     """
-    warm_up()
+    keep_pages()
     try:
         with _quiet():
             TrainCLI(sys.argv[1:] if args is None else args)
@@ -53,7 +54,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _quiet() -> Iterator[None]:
     """Hides what Lightning and jsonargparse say about themselves."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    handlers = logging.getLogger("lightning.pytorch").handlers
+    loggers = map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))
+    handlers = [handler for logger in loggers for handler in logger.handlers]
     for handler in handlers:
         handler.addFilter(_is_relevant)
     try:

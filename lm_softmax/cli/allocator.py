@@ -1,0 +1,29 @@
+"""Keep freed memory in the process, so that a step does not pay for fresh pages again and again."""
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+OPT_OUT = "LM_SOFTMAX_KEEP_PAGES"
+
+
+def keep_pages() -> bool:
+    """Tell glibc to serve large blocks from its heap and never to give them back.
+
+    By default it maps each large block anew and unmaps it when it is freed; on a CPU the page
+    faults of logits and gradients then cost as much as the arithmetic. The same as
+    `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647`, for this process. The process keeps its
+    largest size. Nothing is done on other systems, where one of those variables is set, or with
+    `LM_SOFTMAX_KEEP_PAGES=0`.
+
+    Returns:
+        Whether the allocator took the settings.
+    """
+    chosen = {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    if sys.platform != "linux" or os.environ.get(OPT_OUT) == "0" or chosen & set(os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl has none
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -134,7 +134,7 @@ class Source:
             return _builder(self._files), False
         folder = self._folder()
         if folder is not None:
-            return str(folder), False
+            return str(folder.resolve()), False  # "." has no name to give the dataset
         if Path(self.path).expanduser().is_file():
             raise ValueError(f"{self.path!r} is a file: give data_files={{'train': {self.path!r}}}")
         if not is_hub_id(self.path):

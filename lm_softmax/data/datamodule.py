@@ -162,6 +162,7 @@ class TextDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each pass draws a number from training's
         )
 
 

@@ -1,7 +1,8 @@
 """Tensors in, tensors out: the passes that the heads are made of. Torch only, no modules."""
 
-from lm_softmax.kernels.clusters import Clusters, Tail, cluster_loss, cluster_nll
+from lm_softmax.kernels.clusters import Clusters, Tail
 from lm_softmax.kernels.dense import Objective, accumulation_dtype, autocast_off, product_dtype
+from lm_softmax.kernels.operations import cluster_loss, cluster_nll
 from lm_softmax.kernels.startup import warm_up
 
 __all__ = [

@@ -1,14 +1,12 @@
-"""The loss of a full or an adaptive softmax as one operation, gradients made in the forward pass.
+"""The loss of a full or an adaptive softmax, cluster by cluster.
 
 Tokens are sorted by cluster once. The short-list and the cluster words form one softmax over all
-tokens, each tail one over its own (Grave et al. 2017, section 4). Both rest on `dense_pass`. The
-whole is one registered operation: one per cluster, sliced by counts that depend on the data, would
-break `torch.compile(fullgraph=True)`.
+tokens, each tail one over its own (Grave et al. 2017, section 4). Both rest on `dense_pass`.
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +16,7 @@ from lm_softmax.kernels.dense import (
     Matrix,
     Objective,
     accumulation_dtype,
-    autocast_off,
     dense_pass,
-    product_dtype,
     reads_are_cheap,
 )
 
@@ -69,52 +65,6 @@ class Clusters(NamedTuple):
         return Matrix([self.weight, self.cluster_weight], self.bias)
 
 
-def cluster_nll(
-    hidden: Tensor,
-    target: Tensor,
-    clusters: Clusters,
-    objective: Objective | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """Loss of each token, `(N,)`, at least float32, 0 where ignored; backward computes logits anew.
-
-    Args:
-        hidden: `(N, width)`.
-        target: `(N,)` int64, in `[0, V)` or `ignore_index`.
-        clusters: The parameters.
-        objective: The loss of a row; the negative log-likelihood by default.
-        ignore_index: Target of positions that count for nothing.
-    """
-    options = _options(hidden, clusters, objective, ignore_index)
-    return _token_losses(hidden, target, clusters.flatten(), *options)
-
-
-def cluster_loss(
-    hidden: Tensor,
-    target: Tensor,
-    clusters: Clusters,
-    objective: Objective | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """The sum of `cluster_nll`; its gradients are made in the forward pass and scaled in backward.
-
-    A second backward through the same graph makes them anew. Double backward is refused.
-    """
-    options = _options(hidden, clusters, objective, ignore_index)
-    parameters = clusters.flatten()
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, *parameters)]
-    if not any(needs):
-        return _token_losses(hidden, target, parameters, *options).sum()
-    return _loss_and_gradients(hidden, target, None, parameters, needs, *options)[0]
-
-
-def _options(
-    hidden: Tensor, clusters: Clusters, objective: Objective | None, ignore_index: int
-) -> tuple[bool, torch.dtype, int, float | None, float, float]:
-    dtype = product_dtype(hidden, clusters.weight)
-    return clusters.bias is not None, dtype, ignore_index, *(objective or Objective())
-
-
 class _Order(NamedTuple):
     """Tokens sorted by cluster."""
 
@@ -143,7 +93,7 @@ def _sort(hidden: Tensor, target: Tensor, clusters: Clusters, ignored: Tensor) -
     return _Order(tokens, hidden[tokens], wanted, slices, relative)
 
 
-def _losses(
+def clustered_losses(
     hidden: Tensor,
     target: Tensor,
     scale: Tensor | None,
@@ -231,154 +181,3 @@ def _sorted_losses(
     if of_hidden is not None and sorted_hidden is not None:
         of_hidden.zero_().index_copy_(0, order.tokens, sorted_hidden)
     return losses
-
-
-@torch.library.custom_op("lm_softmax::token_losses", mutates_args=())
-def _token_losses(
-    hidden: Tensor,
-    target: Tensor,
-    parameters: Sequence[Tensor],
-    has_bias: bool,
-    dtype: torch.dtype,
-    ignore_index: int,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
-) -> Tensor:
-    """Loss of each token; its backward is `_loss_and_gradients` scaled token by token."""
-    with autocast_off(hidden):
-        return _losses(
-            hidden,
-            target,
-            None,
-            Clusters.unflatten(parameters, has_bias),
-            dtype,
-            ignore_index,
-            Objective(softcap, label_smoothing, z_loss),
-        )
-
-
-@torch.library.custom_op("lm_softmax::loss_and_gradients", mutates_args=())
-def _loss_and_gradients(
-    hidden: Tensor,
-    target: Tensor,
-    scale: Tensor | None,
-    parameters: Sequence[Tensor],
-    needs: Sequence[bool],
-    has_bias: bool,
-    dtype: torch.dtype,
-    ignore_index: int,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
-) -> list[Tensor]:
-    """The summed loss, then the gradients of `sum(scale * loss)` by hidden and each parameter.
-
-    They are in at least float32; one that `needs` does not ask for is an empty tensor.
-    """
-    total_dtype = accumulation_dtype(dtype)
-    buffers = [
-        torch.empty_like(tensor, dtype=total_dtype, memory_format=torch.contiguous_format)
-        if need
-        else None
-        for tensor, need in zip((hidden, *parameters), needs, strict=True)
-    ]
-    with autocast_off(hidden):
-        losses = _losses(
-            hidden,
-            target,
-            scale,
-            Clusters.unflatten(parameters, has_bias),
-            dtype,
-            ignore_index,
-            Objective(softcap, label_smoothing, z_loss),
-            buffers,
-        )
-    return [losses.sum(), *(losses.new_empty(0) if b is None else b for b in buffers)]
-
-
-@_token_losses.register_fake
-def _(
-    hidden: Tensor,
-    target: Tensor,
-    parameters: Any,
-    has_bias: bool,
-    dtype: torch.dtype,
-    *options: Any,
-) -> Tensor:
-    return hidden.new_empty(target.shape, dtype=accumulation_dtype(dtype))
-
-
-@_loss_and_gradients.register_fake
-def _(
-    hidden: Tensor,
-    target: Tensor,
-    scale: Any,
-    parameters: Any,
-    needs: Any,
-    has_bias: bool,
-    dtype: torch.dtype,
-    *options: Any,
-) -> list[Tensor]:
-    total_dtype = accumulation_dtype(dtype)
-    shapes = [
-        tensor.shape if need else (0,)
-        for tensor, need in zip((hidden, *parameters), needs, strict=True)
-    ]
-    return [hidden.new_empty(shape, dtype=total_dtype) for shape in ((), *shapes)]
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "this loss has no second derivative: differentiate log_prob(hidden), which holds all"
-            " words, where one is needed"
-        )
-
-
-def _save_token_losses(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, target, parameters, *options = inputs
-    ctx.save_for_backward(hidden, target, *parameters)
-    ctx.options = options
-
-
-def _backward_token_losses(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    _refuse_double_backward()
-    hidden, target, *parameters = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
-    _, *found = _loss_and_gradients(hidden, target, gradient, parameters, needs, *ctx.options)
-    of_hidden, *of_parameters = (
-        grad.to(tensor.dtype) if need else None
-        for grad, tensor, need in zip(found, (hidden, *parameters), needs, strict=True)
-    )
-    return of_hidden, None, of_parameters, *[None] * len(ctx.options)
-
-
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, target, _, parameters, *options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(hidden, target, *parameters)
-    ctx.options = options
-    ctx.made = output[1:]
-
-
-def _backward_gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    _refuse_double_backward()
-    needs, *options = ctx.options
-    factor = gradients[0]
-    if factor is None:  # the loss took no part in what is differentiated
-        return None, None, None, [None] * (len(needs) - 1), *[None] * len(ctx.options)
-    hidden, target, *parameters = ctx.saved_tensors
-    made, ctx.made = ctx.made, None  # scaled in place and handed out, by the first backward
-    if made is None:
-        made = _loss_and_gradients(hidden, target, None, parameters, needs, *options)[1:]
-    of_hidden, *of_parameters = (
-        gradient.mul_(factor).to(tensor.dtype) if need else None
-        for gradient, tensor, need in zip(made, (hidden, *parameters), needs, strict=True)
-    )
-    return of_hidden, None, None, of_parameters, *[None] * len(ctx.options)
-
-
-_token_losses.register_autograd(_backward_token_losses, setup_context=_save_token_losses)
-_loss_and_gradients.register_autograd(_backward_gradients, setup_context=_save_gradients)

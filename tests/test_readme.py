@@ -58,3 +58,8 @@ def test_links_lead_somewhere():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_no_figure_is_left_open():
+    for document in DOCUMENTS:
+        assert "@@" not in document.read_text(), document.name

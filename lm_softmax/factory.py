@@ -7,6 +7,7 @@ class is found only in a module that is imported already, and only if it has the
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import PurePath
 from typing import Any, TypeVar, cast
@@ -33,10 +34,9 @@ def describe(factory: object, name: str) -> Spec:
     Raises:
         ValueError: If the factory or one of its arguments cannot be written down.
     """
+    arguments: Mapping[str, Any]
     if isinstance(factory, Mapping):
-        path, arguments = factory.get("class_path"), factory.get("init_args") or {}
-        if not isinstance(path, str) or set(factory) - {"class_path", "init_args"}:
-            raise ValueError(f"{name}: expected class_path and init_args, got {sorted(factory)}")
+        path, arguments = _checked({**factory, "init_args": factory.get("init_args") or {}}, name)
     else:
         cls, arguments = _class_and_arguments(factory, name)
         path = _shortest_path(cls, name)
@@ -54,17 +54,19 @@ def build(spec: Spec, base: Callable[..., T], *args: Any, name: str) -> T:
         name: What the factory makes, for the error message.
 
     Raises:
-        ValueError: If a class is unknown or no subclass of `base`, or has no such options.
+        ValueError: If the written form is damaged, a class is unknown or no subclass of `base`, or
+            has no such options.
     """
-    cls = find_class(spec["class_path"], base, name)
+    path, init_args = _checked(spec, name)
+    cls = find_class(path, base, name)
     options = {
         key: partial(build, value, nn.Module, name=f"{name}.{key}") if is_spec(value) else value
-        for key, value in spec["init_args"].items()
+        for key, value in init_args.items()
     }
     try:
         inspect.signature(cls).bind(*args, **options)
     except TypeError as error:
-        raise ValueError(f"{name}: {spec['class_path']} {error}") from None
+        raise ValueError(f"{name}: {path} {error}") from None
     return cls(*args, **options)
 
 
@@ -89,20 +91,42 @@ def find_class(path: str, base: Callable[..., T], name: str) -> Callable[..., T]
 def complete(spec: Spec, base: Callable[..., Any], name: str) -> Spec:
     """The same factory with the default of every keyword option that it leaves open.
 
+    A default that cannot be written down stays out.
+
     Raises:
-        ValueError: If a class is unknown or no concrete subclass of its base.
+        ValueError: If the written form is damaged, or a class is unknown or no concrete subclass of
+            its base.
     """
-    cls = find_class(spec["class_path"], base, name)
-    defaults = {
-        parameter.name: _plain(parameter.default, f"{name}.{parameter.name}")
-        for parameter in inspect.signature(cls).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-    }
+    path, given = _checked(spec, name)
+    cls = find_class(path, base, name)
+    init_args: dict[str, Any] = {}
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+            with suppress(ValueError):
+                init_args[parameter.name] = _plain(parameter.default, parameter.name)
     init_args = {
         key: complete(value, nn.Module, f"{name}.{key}") if is_spec(value) else value
-        for key, value in (defaults | spec["init_args"]).items()
+        for key, value in (init_args | given).items()
     }
     return {"class_path": _shortest_path(cast(type, cls), name), "init_args": init_args}
+
+
+def pinned(spec: Spec, part: nn.Module, base: Callable[..., Any], name: str) -> Spec:
+    """The same factory with every choice that its product derived from data or left to a default.
+
+    Args:
+        spec: The factory, written down.
+        part: What it made; its `structure()`, where it has one, are the options to pin.
+        base: Class that the factory's class has to descend from.
+        name: What the factory makes, for the error message.
+    """
+    whole = complete(spec, base, name)
+    init_args = whole["init_args"]
+    for key, value in init_args.items():
+        if is_spec(value) and isinstance(child := getattr(part, key, None), nn.Module):
+            init_args[key] = pinned(value, child, nn.Module, f"{name}.{key}")
+    structure: Callable[[], dict[str, Any]] = getattr(part, "structure", dict)
+    return {"class_path": whole["class_path"], "init_args": init_args | structure()}
 
 
 def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -134,7 +158,20 @@ def is_spec(value: object) -> bool:
 
 def _lookup(module: str, name: str) -> object:
     """A module's attribute, without running a module-level `__getattr__`, which may import."""
-    return vars(sys.modules[module]).get(name) if module in sys.modules else None
+    return getattr(sys.modules.get(module), "__dict__", {}).get(name)
+
+
+def _checked(spec: Any, name: str) -> tuple[str, dict[str, Any]]:
+    """Class path and options of a written form, which may come from a damaged file."""
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"{name}: expected class_path and init_args, got a {type(spec).__name__}")
+    path, init_args = spec.get("class_path"), spec.get("init_args")
+    if not isinstance(path, str) or not isinstance(init_args, Mapping) or len(spec) > 2:
+        kinds = {key: type(value).__name__ for key, value in spec.items()}
+        raise ValueError(
+            f"{name}: expected class_path and init_args, a word and options by name, got {kinds}"
+        )
+    return path, dict(init_args)
 
 
 def _class_and_arguments(factory: object, name: str) -> tuple[type, Mapping[str, Any]]:

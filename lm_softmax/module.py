@@ -1,11 +1,11 @@
 """LanguageModel: an encoder and an output head, trained and evaluated by Lightning."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, Self, TypeAlias, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -39,7 +39,12 @@ class LanguageModel(LightningModule):
     A factory is a class, `functools.partial` of a class, or `{"class_path", "init_args"}`. A
     checkpoint holds the factories as plain data, with every choice that was derived from the data,
     beside vocabulary, counts and weights: `LanguageModel.load_from_checkpoint(path)` needs
-    nothing else, and the file loads with `torch.load(path, weights_only=True)`.
+    nothing else, and the file loads with `torch.load(path, weights_only=True)`. A training that
+    resumes goes on with the random numbers and the carried state of the file where one process
+    wrote it and one reads it; several have states of their own, which it does not hold.
+
+    A loss that was nan at any step stops the training: at the next step that is logged, at the end
+    of the epoch, and before a checkpoint is written.
 
     Logs `train/loss` (nats a target, over all ranks and accumulated batches), `val/nll` and
     `test/nll` (nats a token), `val/ppl` and `test/ppl`.
@@ -92,12 +97,14 @@ class LanguageModel(LightningModule):
         self.test_perplexity = Perplexity()
         self._states: dict[str, tuple[int, Any]] = {}  # stage: (batch size, encoder state)
         self._moment: dict[str, Any] = {}  # of the checkpoint to go on from
-        self._window: list[Tensor] = []  # [nats, targets] over all ranks, a tensor a micro-batch
+        # [nats, targets, positions] over all ranks, a tensor a micro-batch
+        self._window: list[Tensor] = []
+        self._unchecked: tuple[int, Tensor] | None = None  # summed nats from a step on
 
         self.save_hyperparameters(
             {
-                "encoder": _pinned(encoder_spec, self.encoder),
-                "head": _pinned(head_spec, self.head),
+                "encoder": factory.pinned(encoder_spec, self.encoder, Encoder, "encoder"),
+                "head": factory.pinned(head_spec, self.head, OutputHead, "head"),
                 "requested": {"encoder": encoder_spec, "head": head_spec},
                 "counts": counts,
                 "vocab": None if self.vocab is None else self.vocab.state_dict(),
@@ -106,6 +113,16 @@ class LanguageModel(LightningModule):
                 "lr_scheduler": lr_scheduler and factory.describe(lr_scheduler, "lr_scheduler"),
             },
             logger=False,
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """The model of a checkpoint; see `LightningModule.load_from_checkpoint`.
+
+        A file cannot choose what makes the model, which Lightning would let it do by name.
+        """
+        return super().load_from_checkpoint(
+            checkpoint_path, *args, **kwargs | {"_instantiator": None}
         )
 
     def configure_optimizers(self) -> Any:
@@ -124,11 +141,13 @@ class LanguageModel(LightningModule):
         }
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The summed loss over the number of targets of the first micro-batch of the window.
+        """The summed loss over the number of targets of all ranks.
 
-        Lightning divides the loss by the number of accumulated batches and DDP the gradients by
-        the number of ranks; what is then missing to the mean over all targets of the window is
-        known only at its end, and made good in `on_before_optimizer_step`.
+        Where batches are accumulated, it is over the number of positions of the window's first one
+        instead, which is never as small as the number of its targets may be. Lightning divides the
+        loss by the number of accumulated batches and DDP the gradients by the number of ranks; what
+        is then missing to the mean over all targets of the window is known only at its end, and
+        made good in `on_before_optimizer_step`.
 
         Returns:
             `loss`, and of this micro-batch over all ranks its summed loss `nats` and its number of
@@ -136,20 +155,24 @@ class LanguageModel(LightningModule):
         """
         loss = self.head.loss(self._encode(batch, "train"), batch.target, reduction="sum")
         targets = (batch.target != self.head.ignore_index).sum()
-        total = torch.stack([loss.detach(), targets.to(loss.dtype)])
+        positions = loss.new_full((), batch.target.numel())
+        total = torch.stack([loss.detach(), targets.to(loss.dtype), positions])
         if self.trainer.world_size > 1:
             total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum"))
         self._window.append(total)
+        since, nats = self._unchecked or (self.global_step, 0.0)
+        self._unchecked = since, nats + total[0]
         self._log_loss()
-        scale = self.trainer.world_size / self._window[0][1].clamp(min=1)
+        divisor = self._window[0][2 if self.trainer.accumulate_grad_batches > 1 else 1]
+        scale = self.trainer.world_size / divisor.clamp(min=1)
         return {"loss": loss * scale, "nats": total[0], "targets": total[1]}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn accumulated gradients into those of the mean over all targets; before clipping."""
         if (accumulated := self.trainer.accumulate_grad_batches) > 1:
-            first = self._window[0][1].clamp(min=1)
+            divisor = self._window[0][2].clamp(min=1)
             targets = torch.stack(self._window).sum(0)[1].clamp(min=1)
-            scale = first * accumulated / targets
+            scale = divisor * accumulated / targets
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
@@ -172,13 +195,19 @@ class LanguageModel(LightningModule):
         self._states.pop("train", None)
         self._window.clear()
 
+    def on_train_epoch_end(self) -> None:
+        """Stops a training whose loss was nan since the last step that was logged."""
+        self._stop_at_nan()
+
     def on_validation_epoch_start(self) -> None:
-        """A new pass over the text."""
+        """A new pass over the text, and no sums of an interrupted one."""
         self._states.pop("val", None)
+        self.val_perplexity.reset()
 
     def on_test_epoch_start(self) -> None:
-        """A new pass over the text."""
+        """A new pass over the text, and no sums of an interrupted one."""
         self._states.pop("test", None)
+        self.test_perplexity.reset()
 
     def on_predict_epoch_start(self) -> None:
         """A new pass over the text."""
@@ -194,12 +223,15 @@ class LanguageModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the next step depends on beside the weights: random numbers, carried state."""
-        moment: dict[str, Any] = {"cpu_random": torch.get_rng_state()}
+        self._stop_at_nan()
+        if self.trainer.world_size > 1:  # the other processes have their own
+            return
+        checkpoint["moment"] = {
+            "cpu_random": torch.get_rng_state(),
+            "state": self._states.get("train"),
+        }
         if self.device.type == "cuda":
-            moment["cuda_random"] = torch.cuda.get_rng_state(self.device)
-        if self.trainer.world_size == 1:  # other processes have states of their own
-            moment["state"] = self._states.get("train")
-        checkpoint["moment"] = moment
+            checkpoint["moment"]["cuda_random"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another structure or vocabulary in one line."""
@@ -209,7 +241,8 @@ class LanguageModel(LightningModule):
     def on_train_start(self) -> None:
         """Goes on from the moment of the checkpoint that the training resumes from."""
         moment, self._moment = self._moment, {}
-        if not moment or self.trainer.ckpt_path is None:
+        self._unchecked = None
+        if not moment or self.trainer.ckpt_path is None or self.trainer.world_size > 1:
             return
         torch.set_rng_state(moment["cpu_random"].cpu())
         if self.device.type == "cuda" and "cuda_random" in moment:
@@ -261,23 +294,33 @@ class LanguageModel(LightningModule):
         return hidden
 
     def _log_loss(self) -> None:
-        """Logs nats a target over the window so far, where the trainer logs this step.
-
-        Raises:
-            ValueError: If it is nan.
-        """
+        """Logs nats a target over the window so far, where the trainer logs this step."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every < 1 or (self.global_step + 1) % every:
             return
+        self._stop_at_nan()
         # On the host, or the progress bar waits for the device each time it is drawn.
-        nats, targets = torch.stack(self._window).sum(0).cpu()
-        if nats.isnan():
-            raise ValueError(
-                f"train/loss is nan at step {self.global_step}: training diverged (lower the "
-                f"learning rate or set trainer.gradient_clip_val), or a target on the GPU is not "
-                f"in [0, {self.head.vocab_size})"
-            )
+        nats, targets, _ = torch.stack(self._window).sum(0).cpu()
         self.log("train/loss", nats / targets.clamp(min=1), prog_bar=True, batch_size=1)
+
+    def _stop_at_nan(self) -> None:
+        """Looks at the loss of all steps since the last look, which waits for the device.
+
+        Raises:
+            ValueError: If one was nan. It is not forgotten: no checkpoint follows.
+        """
+        if self._unchecked is None:
+            return
+        since, nats = self._unchecked
+        if nats.isnan():
+            last = self.global_step
+            when = f"at step {last}" if since == last else f"between steps {since} and {last}"
+            raise ValueError(
+                f"train/loss is nan {when}: training diverged (lower the learning rate or set "
+                f"trainer.gradient_clip_val), or a target on the GPU is not in "
+                f"[0, {self.head.vocab_size})"
+            )
+        self._unchecked = None
 
     def _evaluate(self, batch: Batch, stage: str, perplexity: Perplexity) -> None:
         log_prob = self.head.log_prob(self._encode(batch, stage), batch.target)
@@ -287,16 +330,6 @@ class LanguageModel(LightningModule):
         self.log(f"{stage}/nll", perplexity.nll(), sync_dist=True)  # equal on all ranks already
         self.log(f"{stage}/ppl", perplexity.compute(), prog_bar=True, sync_dist=True)
         perplexity.reset()
-
-
-def _pinned(spec: factory.Spec, part: nn.Module) -> factory.Spec:
-    """The factory with every choice that its product derived from data."""
-    init_args = dict(spec["init_args"])
-    for name, value in init_args.items():
-        if factory.is_spec(value) and isinstance(child := getattr(part, name, None), nn.Module):
-            init_args[name] = _pinned(value, child)
-    structure: Callable[[], dict[str, Any]] = getattr(part, "structure", dict)
-    return {"class_path": spec["class_path"], "init_args": init_args | structure()}
 
 
 def _detached(state: Any, device: torch.device) -> Any:

@@ -158,6 +158,25 @@ def test_steps_after_the_last_log_count_for_the_run(clock: FakeTime, tmp_path: P
     }
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3])
+def test_without_logs_few_steps_wait_to_be_read(
+    clock: FakeTime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup_steps: int
+) -> None:
+    waiting = []
+    monkeypatch.setattr(step_time_module, "MAX_UNREAD_STEPS", 2)
+
+    def on_train(index: int) -> None:
+        waiting.append(len(monitor._clock._steps))
+        clock.advance(1.0 + index)
+
+    monitor = StepTimeMonitor(warmup_steps)
+    run = trainer(tmp_path, monitor, log_every_n_steps=0)
+    run.fit(TinyModel(on_train=on_train), datamodule=TinyData(8))
+    assert max(waiting[warmup_steps:]) < 2
+    assert monitor.timing.step_ms == [1000.0 * (1 + index) for index in range(warmup_steps, 8)]
+    assert monitor.timing.tokens == 6 * (8 - warmup_steps)
+
+
 def test_shorter_than_warm_up_measures_nothing(clock: FakeTime, tmp_path: Path) -> None:
     monitor = StepTimeMonitor(warmup_steps=4)
     run = trainer(tmp_path, monitor)
@@ -426,6 +445,14 @@ def test_a_surrogate_loss_is_never_exponentiated(tmp_path: Path) -> None:
     assert len(run.logger.column("val/bits_per_byte")) == 1
 
 
+def test_without_logs_no_nats_are_collected(tmp_path: Path) -> None:
+    monitor = PerplexityMonitor()
+    run = trainer(tmp_path, monitor, log_every_n_steps=0)
+    run.fit(TinyModel(), datamodule=TinyData())
+    assert run.logger.column("train/ppl") == []
+    assert monitor._window == []
+
+
 def test_overflowing_train_ppl_is_infinite(tmp_path: Path) -> None:
     class Diverged(TinyModel):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, torch.Tensor]:
@@ -455,6 +482,29 @@ def test_figures_that_compare_across_vocabularies(tmp_path: Path, stage: str) ->
         },
         rel=1e-6,
     )
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_a_part_of_a_split_is_not_compared_with_the_whole(
+    tmp_path: Path, stage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = {f"{stage}/{name}" for name in ("nll", "ppl", "unk_rate")}
+    compared = {f"{stage}/bits_per_byte", f"{stage}/ppl_unigram"}
+    options = {f"limit_{stage}_batches": 1}
+    run = trainer(tmp_path, PerplexityMonitor(), **options)
+    evaluate = {"val": run.validate, "test": run.test}[stage]
+    for _ in range(2):
+        (logged,) = evaluate(TinyModel(), datamodule=TinyData(), verbose=False)
+        assert logged.keys() == whole
+    (warning,) = [text for text in caplog.messages if "targets of the split" in text]
+    assert "6 targets of the split's 12 were evaluated" in warning
+
+    data = TinyData()
+    data.statistics = data.statistics._replace(num_tokens=11)
+    run = trainer(tmp_path, PerplexityMonitor(), **{f"limit_{stage}_batches": 9})
+    evaluate = {"val": run.validate, "test": run.test}[stage]
+    (logged,) = evaluate(TinyModel(), datamodule=data, verbose=False)
+    assert logged.keys() == whole | compared
 
 
 def test_loaders_without_statistics_leave_perplexity_alone(tmp_path: Path) -> None:

@@ -94,6 +94,42 @@ def test_complete_fills_every_option():
     assert nested == {"class_path": "lm_softmax.encoders.WordEmbedding", "init_args": {}}
 
 
+@pytest.mark.parametrize(
+    "damaged", [{"init_args": [1]}, {"init_args": None}, {}, {"init_args": {}, "class_path": 3}, 7]
+)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda spec: factory.build(spec, OutputHead, 4, 9, None, name="head"),
+        lambda spec: factory.complete(spec, OutputHead, "head"),
+    ],
+)
+def test_a_damaged_written_form_is_one_line(read, damaged):
+    if isinstance(damaged, dict):
+        damaged = {"class_path": "lm_softmax.heads.FullSoftmax"} | damaged
+    with pytest.raises(ValueError, match="head: expected class_path and init_args") as caught:
+        read(damaged)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_is_barred_from_import_holds_no_class(monkeypatch):
+    monkeypatch.setitem(sys.modules, "barred", None)
+    with pytest.raises(ValueError, match=r"hold no class barred\.Thing"):
+        factory.find_class("barred.Thing", Encoder, "encoder")
+
+
+class OddEncoder(LSTMEncoder):
+    """Its default activation cannot be written down."""
+
+    def __init__(self, vocab_size, counts=None, *, activation=torch.tanh, width=4):
+        super().__init__(vocab_size, counts, embedding_size=width, hidden_size=width)
+
+
+def test_complete_leaves_out_what_cannot_be_written():
+    spec = factory.complete(factory.describe(OddEncoder, "encoder"), Encoder, "encoder")
+    assert spec["init_args"] == {"width": 4}
+
+
 def local_class():
     class Local(LSTMEncoder):
         pass
@@ -110,7 +146,8 @@ def local_class():
         (partial(LSTMEncoder, embedding=nn.Linear(2, 2)), "encoder.embedding: Linear("),
         (partial(LSTMEncoder, embedding=lambda v, e, c: nn.Embedding(v, e)), "encoder.embedding: "),
         (local_class(), "define the class at the top level of a module"),
-        ({"init_args": {}}, "expected class_path and init_args, got ['init_args']"),
+        ({"init_args": {}}, "got {'init_args': 'dict'}"),
+        ({"class_path": "a.b", "init_args": [1]}, "got {'class_path': 'str', 'init_args': 'list'}"),
         ({"class_path": "a.b", "options": {}}, "expected class_path and init_args"),
     ],
 )

@@ -214,10 +214,10 @@ class Recorder(Encoder):
 
 
 def test_state_is_carried_within_a_pass_and_nowhere_else():
-    train = batches(0, 0, 0, carry=True)
-    train.append(batches(0, rows=2, carry=True)[0]._replace(carry=True))  # other rows
+    train = [batch._replace(carry=True) for batch in batches(0, 0, 0)]  # from the first one on
+    train.append(batches(0, rows=2)[0]._replace(carry=True))  # other rows
     train.append(batches(0)[0])  # a new text
-    validation = batches(0, 0, carry=True)
+    validation = [batch._replace(carry=True) for batch in batches(0, 0)]
     model = LanguageModel(Recorder, FullSoftmax, COUNTS, optimizer=SGD)
     fit(model, train, validation, max_epochs=2, val_check_interval=2, num_sanity_val_steps=1)
     last = [batch.tokens[:, -1].tolist() for batch in train]
@@ -503,6 +503,176 @@ def test_a_nan_stops_the_training_and_says_so():
     nn.init.constant_(model.encoder.lstm.weight_ih_l0, torch.nan)
     with pytest.raises(ValueError, match="train/loss is nan at step 0: training diverged"):
         fit(model, batches(0.0, 0.0), log_every_n_steps=1, logger=Rows())
+
+
+class NanOnce(FullSoftmax):
+    """Its fourth training loss is nan, with finite gradients, as that of a wild target on a GPU."""
+
+    calls = 0
+
+    def loss(self, hidden, target, *, reduction="mean"):
+        self.calls += 1
+        loss = super().loss(hidden, target, reduction=reduction)
+        return loss + (torch.nan if self.calls == 4 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "every", "message"),
+    [
+        (8, 6, "between steps 0 and 5"),  # at the next step that is logged
+        (5, 100, "between steps 0 and 5"),  # at the end of the epoch
+        (8, 2, "between steps 2 and 3"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_nan_of_one_step_is_seen_later(rows, every, message):
+    model = LanguageModel(SMALL_LSTM, NanOnce, COUNTS, optimizer=SGD)
+    with pytest.raises(ValueError, match=re.escape(f"train/loss is nan {message}")):
+        fit(model, batches(*[0.0] * rows), log_every_n_steps=every, logger=Rows())
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_no_checkpoint_is_written_after_a_nan(tmp_path):
+    model = LanguageModel(SMALL_LSTM, NanOnce, COUNTS, optimizer=SGD)
+    keep = pl.callbacks.ModelCheckpoint(
+        tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_train_epoch_end=False
+    )
+    options = {"callbacks": [keep], "enable_checkpointing": True, "log_every_n_steps": 100}
+    with pytest.raises(ValueError, match="train/loss is nan between steps 2 and 4"):
+        fit(model, batches(*[0.0] * 8), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]
+    fit(model, batches(0.0))  # another training starts anew
+
+
+def test_an_interrupted_evaluation_leaves_nothing_behind():
+    rows = batches(0.0, 0.5)
+    model = LanguageModel(SMALL_LSTM, ADAPTIVE, COUNTS)
+    loader = DataLoader(rows, batch_size=None)
+    for stage in ("validate", "test"):
+        (whole,) = getattr(trainer(), stage)(model, loader, verbose=False)
+        wild = [rows[0], rows[1]._replace(target=rows[1].target + V)]
+        with pytest.raises(ValueError, match="target"):
+            getattr(trainer(), stage)(model, DataLoader(wild, batch_size=None), verbose=False)
+        (again,) = getattr(trainer(), stage)(model, loader, verbose=False)
+        assert again == whole
+
+
+def test_several_processes_keep_their_own_moment():
+    """One process cannot give the others its random numbers and its rows."""
+
+    class Ranks:
+        world_size, ckpt_path = 2, "a.ckpt"
+
+    model = LanguageModel(Recorder, FullSoftmax, COUNTS)
+    rows = batches(0.0, carry=True)
+    fit(model, rows)
+    of_one, of_two = {}, {}
+    model.on_save_checkpoint(of_one)
+    model._trainer = Ranks()
+    model.on_save_checkpoint(of_two)
+    assert of_one["moment"]["state"] is not None
+    assert "moment" not in of_two
+    model._states.clear()
+    for world_size, resumes in ((2, False), (1, True)):
+        Ranks.world_size = world_size
+        model._moment = of_one["moment"]
+        torch.manual_seed(5)
+        own = torch.get_rng_state()
+        model.on_train_start()
+        assert torch.equal(torch.get_rng_state(), own) is not resumes
+        assert bool(model._states) is resumes
+
+
+def test_an_accumulated_window_may_begin_without_targets():
+    """The loss that goes into the backward pass stays that of a target, not of a batch."""
+    plugin = HalfOnCpu(None, 1.0)
+    model = LanguageModel(SMALL_LSTM, FullSoftmax, COUNTS, optimizer=SGD)
+    fit(model, batches(1.0, 0.0), plugins=[plugin], accumulate_grad_batches=2)
+    first, second = plugin.losses
+    assert first == 0
+    assert 0 < second < math.log(V)  # half of a loss near log(V): Lightning divides by two
+
+
+def test_a_checkpoint_cannot_choose_what_makes_the_model(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("lightning.pytorch.cli.instantiate_module", lambda *args: ran.append(args))
+    model = LanguageModel(SMALL_LSTM, ADAPTIVE, COUNTS)
+    checkpoint = saved(model, tmp_path / "a.ckpt")
+    checkpoint["hyper_parameters"] |= {
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",  # which Lightning trusts
+        "_class_path": "os.system",
+    }
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    again = LanguageModel.load_from_checkpoint(tmp_path / "b.ckpt")
+    assert not ran
+    assert type(again) is LanguageModel
+
+
+class Lookup(nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, tokens):
+        return self.rows[tokens]
+
+
+def table(embedding):
+    """All rows of an adaptive embedding, dense."""
+    tails = zip(embedding.tail_weights, embedding.projections, strict=True)
+    return torch.cat([embedding.weight, *(weight @ projection for weight, projection in tails)])
+
+
+def test_tied_adaptive_gradients_are_those_of_one_dense_table():
+    embedding = partial(AdaptiveEmbedding, cutoffs=[5, 12], min_tail_size=3)
+    encoder = partial(SMALL_LSTM, embedding=embedding)
+    model = LanguageModel(encoder, ADAPTIVE, COUNTS, tie_weights=True).double()
+    naive = copy.deepcopy(model)
+    (batch,) = batches(0.2)
+    hidden, _ = model.encoder(batch.tokens)
+    loss = model.head.loss(hidden, batch.target, reduction="mean")
+    loss.backward()
+
+    shared, head = naive.encoder.embedding, naive.head
+    rows = table(shared)
+    naive.encoder.embedding = Lookup(rows)
+    hidden = naive.encoder(batch.tokens)[0].flatten(0, 1)
+    short_list = torch.cat([rows[:5], head.cluster_weight])
+    first = torch.log_softmax(hidden @ short_list.T + head.bias, -1)
+    parts = [first[:, :5]]
+    for i, (begin, end) in enumerate([(5, 12), (12, V)]):
+        logits = hidden @ rows[begin:end].T + head.tail_biases[i]
+        parts.append(first[:, 5 + i, None] + torch.log_softmax(logits, -1))
+    expected = nn.functional.nll_loss(torch.cat(parts, -1), batch.target.flatten())
+    expected.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    found = dict(model.encoder.embedding.named_parameters())
+    for name, parameter in shared.named_parameters():
+        assert parameter.grad.any()
+        torch.testing.assert_close(
+            found[name].grad, parameter.grad, rtol=1e-10, atol=1e-10, msg=name
+        )
+
+
+class AdaptiveByDefault(LSTMEncoder):
+    """Its embedding derives cutoffs from the data unless another is asked for."""
+
+    def __init__(self, vocab_size, counts=None, *, embedding=AdaptiveEmbedding):
+        sizes = {"embedding_size": 8, "hidden_size": 8}
+        super().__init__(vocab_size, counts, embedding=embedding, **sizes)
+
+
+def test_choices_of_a_default_embedding_are_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(cutoffs_module, "MIN_VOCAB_SIZE", 10)
+    model = LanguageModel(AdaptiveByDefault, ADAPTIVE, COUNTS)
+    cutoffs = model.encoder.embedding.cutoffs
+    assert cutoffs
+    saved(model, tmp_path / "a.ckpt")
+    monkeypatch.setattr(cutoffs_module, "COVERAGE", (0.3, 0.5))  # another rule for "auto"
+    assert LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt").encoder.embedding.cutoffs == (
+        cutoffs
+    )
 
 
 @pytest.mark.parametrize(

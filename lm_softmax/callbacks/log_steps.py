@@ -26,8 +26,16 @@ class LogSteps:
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         """Says whether the trainer logs the step that has just ended."""
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and trainer.global_step % every == 0
+        return ever_logs(trainer) and trainer.global_step % _interval(trainer) == 0
+
+
+def ever_logs(trainer: pl.Trainer) -> bool:
+    """Says whether the trainer logs any step; it does not with `log_every_n_steps=0`."""
+    return _interval(trainer) > 0
+
+
+def _interval(trainer: pl.Trainer) -> int:
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]
 
 
 def on_host(metrics: dict[str, float]) -> dict[str, Tensor]:

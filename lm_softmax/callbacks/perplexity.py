@@ -1,5 +1,6 @@
 """Perplexity of the training, and figures that compare across vocabularies."""
 
+import logging
 import math
 from typing import Any
 
@@ -7,7 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lm_softmax.callbacks.log_steps import LogSteps, on_host
+from lm_softmax.callbacks.log_steps import LogSteps, ever_logs, on_host
+
+log = logging.getLogger(__name__)
 
 
 class PerplexityMonitor(pl.Callback):
@@ -27,11 +30,16 @@ class PerplexityMonitor(pl.Callback):
     - `val/bits_per_byte`: nats per token / ln 2 * tokens / bytes, which compares across
       vocabularies (with the rate of `<unk>` beside it, since an `<unk>` is easier than its word);
     - `val/ppl_unigram`: perplexity of the unigram model of the vocabulary's counts on the split.
+
+    The statistics are those of the whole split. Where the trainer evaluates a part of it
+    (`limit_val_batches`, `limit_test_batches`), the last two would describe other text than
+    `val/nll` and are left out, with a warning.
     """
 
     def __init__(self) -> None:
         self._log_steps = LogSteps()
         self._window: list[Tensor] = []
+        self._warned = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts a new window."""
@@ -47,7 +55,7 @@ class PerplexityMonitor(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Adds a batch, and logs when the trainer does."""
-        if not pl_module.head.loss_is_nll:  # type: ignore[union-attr]
+        if not (pl_module.head.loss_is_nll and ever_logs(trainer)):  # type: ignore[union-attr]
             return
         nats, targets = outputs["nats"], outputs["targets"]
         self._window.append(torch.stack([nats, targets.to(nats.dtype)]))
@@ -61,26 +69,43 @@ class PerplexityMonitor(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the validation's figures."""
         if not trainer.sanity_checking:
-            _log_split(trainer, pl_module, "val", "validation")
+            self._log_split(trainer, pl_module, "val", "validation")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the test's figures."""
-        _log_split(trainer, pl_module, "test", "test")
+        self._log_split(trainer, pl_module, "test", "test")
 
+    def _log_split(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, split: str
+    ) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(datamodule, "stats"):
+            return
+        stats = datamodule.stats(split)
+        # The module's own hook, which logs the perplexity and resets it, runs after this one.
+        perplexity = getattr(pl_module, f"{stage}_perplexity")
+        metrics = {f"{stage}/unk_rate": stats.num_unk / stats.num_tokens}
+        if self._is_whole(trainer, stage, perplexity.count, stats.num_tokens):
+            bits = perplexity.nll().item() / math.log(2)
+            metrics |= {
+                f"{stage}/bits_per_byte": bits * stats.num_tokens / stats.num_bytes,
+                f"{stage}/ppl_unigram": _exp(stats.unigram_nats / stats.num_tokens),
+            }
+        pl_module.log_dict(metrics, sync_dist=True)  # equal on all ranks
 
-def _log_split(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, split: str) -> None:
-    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if not hasattr(datamodule, "stats"):
-        return
-    stats = datamodule.stats(split)
-    # The module's own hook, which logs the perplexity and resets it, runs after this one.
-    nll = getattr(pl_module, f"{stage}_perplexity").nll().item()
-    metrics = {
-        f"{stage}/unk_rate": stats.num_unk / stats.num_tokens,
-        f"{stage}/bits_per_byte": nll / math.log(2) * stats.num_tokens / stats.num_bytes,
-        f"{stage}/ppl_unigram": _exp(stats.unigram_nats / stats.num_tokens),
-    }
-    pl_module.log_dict(metrics, sync_dist=True)  # equal on all ranks
+    def _is_whole(self, trainer: Any, stage: str, count: Tensor, num_tokens: int) -> bool:
+        """Whether what was evaluated, over all ranks, is the split that the statistics are of."""
+        limit = getattr(trainer, f"limit_{stage}_batches")
+        if isinstance(limit, float) and limit == 1.0:  # 1 is a single batch
+            return True
+        counted = int(trainer.strategy.reduce(count.clone(), reduce_op="sum"))
+        if counted != num_tokens and trainer.is_global_zero and not self._warned:
+            self._warned = True
+            log.warning(
+                f"no {stage}/bits_per_byte and {stage}/ppl_unigram: {counted} targets of the"
+                f" split's {num_tokens} were evaluated (limit_{stage}_batches={limit})"
+            )
+        return counted == num_tokens
 
 
 def _exp(nats: float) -> float:

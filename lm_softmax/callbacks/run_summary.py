@@ -226,9 +226,11 @@ def _checkpoints(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
 
 
 def _for_hparams_tab(summary: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    names = ["head", "head_options", "encoder", "encoder_options", "vocab_size"]
-    names += ["vocab_fingerprint", "device", "world_size", "precision"]
+    """Few columns: the tab shows the first ones by the alphabet, and each nested option as one."""
+    names = ["head", "encoder", "vocab_size", "vocab_fingerprint"]
+    names += ["device", "world_size", "precision"]
     hparams = {name: _plain(summary.get(name)) for name in names}
+    hparams["head_options"] = dumps(_plain(summary.get("head_options")))
     hparams["num_parameters"] = summary.get("num_parameters", {}).get("total")
     measured = {**summary.get("last", {}), **summary.get("perf", {}), **summary.get("mem", {})}
     measured.pop("step", None)

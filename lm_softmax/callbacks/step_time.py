@@ -8,7 +8,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lm_softmax.callbacks.log_steps import LogSteps, on_host
+from lm_softmax.callbacks.log_steps import LogSteps, ever_logs, on_host
+
+MAX_UNREAD_STEPS = 1000  # of a trainer that never logs: each holds events on CUDA
 
 
 @dataclass
@@ -17,7 +19,7 @@ class Timing:
 
     Attributes:
         step_ms: Duration of each optimizer step, in milliseconds.
-        tokens: Number of targets of these steps.
+        tokens: Number of target positions of these steps, ignored ones included.
         wall_s: Seconds the steps took together, with all that happened between them.
     """
 
@@ -94,7 +96,7 @@ class StepClock:
         self._batch_start = self._mark()
 
     def end_batch(self, tokens: int, *, ends_step: bool) -> None:
-        """Marks the end of a batch of `tokens` targets, the last of its step or not."""
+        """Marks the end of a batch of `tokens` positions, the last of its step or not."""
         self._batches.append((self._batch_start, self._mark()))
         self.tokens += tokens
         if ends_step:
@@ -135,8 +137,9 @@ class StepTimeMonitor(pl.Callback):
 
     - `perf/step_time_ms`: median time of an optimizer step, in milliseconds, without data loading;
     - `perf/step_time_p90_ms`: its 90th percentile;
-    - `perf/tokens_per_s`: targets per second over all ranks (this rank's times the world size), by
-      wall time and with data loading; also shown in the progress bar;
+    - `perf/tokens_per_s`: target positions per second, ignored ones included, over all ranks (this
+      rank's times the world size), by wall time and with data loading; also shown in the progress
+      bar;
     - `perf/train_time_s`: seconds trained so far, warm-up included, across resumed fits; also
       logged at each validation, so that perplexity can be drawn against it.
 
@@ -176,7 +179,7 @@ class StepTimeMonitor(pl.Callback):
 
     @property
     def tokens_seen(self) -> int:
-        """Number of targets trained on so far, over all ranks."""
+        """Number of target positions so far, over all ranks; ignored ones are included."""
         return self._clock.tokens
 
     def state_dict(self) -> dict[str, float]:
@@ -228,6 +231,10 @@ class StepTimeMonitor(pl.Callback):
             metrics = window.metrics() | {"perf/train_time_s": self.train_time_s}
             for name, value in on_host(metrics).items():
                 pl_module.log(name, value, prog_bar=name == "perf/tokens_per_s")
+        elif self._num_steps % MAX_UNREAD_STEPS == 0 and not ever_logs(trainer):
+            window = self._clock.read()
+            if self._num_steps > self.warmup_steps:
+                self.timing.add(window)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock."""

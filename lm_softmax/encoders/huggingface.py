@@ -1,6 +1,7 @@
 """A causal body of the `transformers` library as encoder."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,13 @@ class HuggingFaceEncoder(Encoder):
 
     def structure(self) -> dict[str, Any]:
         """The body's whole configuration, so that a checkpoint does not need the folder."""
-        config = {
+        known = _transformers().AutoConfig.for_model(self.body.config.model_type)
+        config = {  # a folder's config.json may hold more than the body has options
             name: value
             for name, value in self.body.config.to_diff_dict().items()
-            if name not in ("dtype", "transformers_version", "_name_or_path")
+            if hasattr(known, name)
+            and name not in ("dtype", "transformers_version")
+            and not name.startswith("_")
         }
         return {"path": None, "config": config | {"vocab_size": self.vocab_size}}
 
@@ -161,6 +165,7 @@ def _pretrained(path: str) -> Any:
     if not Path(path, "config.json").is_file():
         raise ValueError(f"path={path!r} is not a folder with a config.json; nothing is downloaded")
     try:
+        _refuse_kernels(json.loads(Path(path, "config.json").read_text("utf-8")))
         body, report = transformers.AutoModel.from_pretrained(
             path,
             local_files_only=True,
@@ -183,6 +188,7 @@ def _pretrained(path: str) -> Any:
 def _fresh(options: dict[str, Any], vocab_size: int) -> Any:
     transformers = _transformers()
     options = dict(options)
+    _refuse_kernels(options)
     model_type = str(options.pop("model_type", "")) or "no model_type"
     try:
         known = transformers.AutoConfig.for_model(model_type)
@@ -196,7 +202,7 @@ def _fresh(options: dict[str, Any], vocab_size: int) -> Any:
             f"config has vocab_size={theirs}, the data has {vocab_size} ids: leave it out"
         )
     for name in options:
-        if not hasattr(known, name):
+        if name.startswith("_") or not hasattr(known, name):
             raise ValueError(
                 f"config has {name!r}, which is no option of a {model_type} body;"
                 f" nearest: {_nearest(name, [*known.to_dict(), *known.attribute_map])}"
@@ -208,6 +214,17 @@ def _fresh(options: dict[str, Any], vocab_size: int) -> Any:
         return transformers.AutoModel.from_config(config, dtype=torch.get_default_dtype())
     except Exception as error:  # each type of body checks its options in its own way
         raise ValueError(f"config makes no {model_type} body: {_first_line(error)}") from None
+
+
+def _refuse_kernels(options: Any) -> None:
+    """Refuses implementations, at any depth, that transformers would fetch from the hub."""
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if "_implementation" in str(name) and "/" in str(value):
+            raise ValueError(
+                f"config has {name}={value!r}, which is code on the hub, and nothing is"
+                " downloaded: leave it out"
+            )
+        _refuse_kernels(value)
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Bodies of transformers, against transformers alone."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -115,6 +116,43 @@ def test_a_checkpoint_needs_no_folder(pretrained, tmp_path):
     assert loaded.embedding.padding_idx is None  # 1 was an id of the tokenizer
 
 
+def test_a_folder_may_hold_more_than_the_body_has_options(pretrained, tmp_path):
+    folder, model, _ = pretrained
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    extra = {"n_ctx": 16, "task_specific_params": {"text": {"a": 1}}, "output_past": True}
+    extra |= {"_name_or_path": "org/name", "_num_labels": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | extra))
+    size = model.config.vocab_size
+    encoder = HuggingFaceEncoder(size, path=str(tmp_path)).eval()
+    encoder.permute_embedding(torch.arange(size))
+    loaded = HuggingFaceEncoder(size, **encoder.structure()).eval()
+    loaded.load_state_dict(encoder.state_dict())
+    tokens = torch.arange(6)[None]
+    assert torch.equal(loaded(tokens)[0], encoder(tokens)[0])
+
+
+KERNELS = [
+    {"attn_implementation": "org/kernel"},
+    {"_attn_implementation": "paged|org/kernel@v1"},
+    {"_attn_implementation_internal": "org/kernel"},
+    {"experts_implementation": {"": "org/kernel"}},
+    {"rope_scaling": {"_experts_implementation": "org/kernel"}},
+]
+
+
+@pytest.mark.parametrize("option", KERNELS)
+def test_no_option_fetches_a_kernel_from_the_hub(option, pretrained, tmp_path):
+    folder, model, _ = pretrained
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | option))
+    for options in ({"config": BODIES["gpt2"] | option}, {"path": str(tmp_path)}):
+        with pytest.raises(ValueError, match="is code on the hub") as caught:
+            HuggingFaceEncoder(model.config.vocab_size, **options)
+        assert "\n" not in str(caught.value)
+
+
 def test_pretrained_weights_insist_on_original_ids(pretrained):
     folder, _, tokenizer = pretrained
     size = tokenizer.get_vocab_size()
@@ -166,6 +204,7 @@ T5 = {"model_type": "t5", "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads":
         ({"config": {"n_layer": 1}}, "names no model_type, but needs"),
         ({"config": {"model_type": "gtp2"}}, "gtp2.* such as gpt2"),
         ({"config": BODIES["gpt2"] | {"n_layers": 3}}, "'n_layers'.*nearest: n_layer,"),
+        ({"config": BODIES["gpt2"] | {"_attn_implementation": "eager"}}, "'_attn_impl.*no option"),
         ({"config": BODIES["gpt2"] | {"n_head": 3}}, "makes no gpt2 body: .*divisible.* 8 .* 3"),
         ({"config": BODIES["gpt2"] | {"n_layer": "two"}}, "makes no gpt2 body: .*n_layer"),
         ({"config": BODIES["gpt2"] | {"vocab_size": 30}}, "vocab_size=30, the data has 31"),

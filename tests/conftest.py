@@ -16,7 +16,7 @@ os.environ["LM_SOFTMAX_CACHE"] = os.path.join(CACHES, "tokens")
 import pytest
 import torch
 
-import lm_softmax.kernels  # noqa: F401  its import makes the first large vector calls right
+import lm_softmax.kernels  # noqa: F401 its import makes the first large vector calls right
 
 
 @pytest.fixture(autouse=True)

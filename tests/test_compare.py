@@ -305,6 +305,51 @@ def test_broken_summary(
     assert message in refused([str(tmp_path)], capsys)
 
 
+def test_what_cannot_be_read_is_left_out_of_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_summary(tmp_path / "good")
+    for name, file in (("foreign", "summary.json"), ("other", "metrics.csv")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text('{"a":\n1}')
+    assert [run.name for run in find_runs([tmp_path])] == ["good"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "foreign/summary.json: not the summary of a run, 'status' is missing" in lines[0]
+    assert "other/metrics.csv: not the metrics of a run" in lines[1]
+    (tmp_path / "good" / "summary.json").unlink()
+    err = refused([str(tmp_path)], capsys)
+    assert "foreign/summary.json" in err
+    assert "other/metrics.csv" in err
+
+
+def test_an_evaluation_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_metrics(tmp_path / "test", [{"step": 0, "test/nll": 5.0, "test/ppl": 148.0}])
+    (tmp_path / "test" / "config.yaml").write_text("model: {}\n")
+    assert "no run below" in refused([str(tmp_path)], capsys)
+    write_summary(tmp_path / "a")
+    assert [run.name for run in find_runs([tmp_path])] == ["a"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "yaml"])
+def test_without_the_train_extra_the_command_says_what_to_install(
+    tmp_path: Path, missing: str
+) -> None:
+    write_summary(tmp_path / "a")
+    code = (
+        f"import runpy, sys; sys.modules[{missing!r}] = None;"
+        "runpy.run_module('lm_softmax.compare', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "lm_softmax[train]"' in done.stderr
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"best": 3}, {"best": {"val/ppl": "high"}}, {"num_parameters": None}, {"vocab_size": []}],
@@ -341,7 +386,7 @@ def test_last_row_cut_off_by_a_kill_is_read_as_far_as_it_goes(tmp_path: Path) ->
 
 @pytest.mark.parametrize("content", ["a: [", "- 1", "model: {head: FullSoftmax}", ""])
 def test_config_without_a_head(tmp_path: Path, content: str) -> None:
-    write_metrics(tmp_path, [{"step": 0}])
+    write_metrics(tmp_path, [{"step": 0, "train/loss": 5.0}])
     (tmp_path / "config.yaml").write_text(content)
     if content == "a: [":
         with pytest.raises(ValueError, match=r"config\.yaml: not YAML"):

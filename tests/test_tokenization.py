@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -172,6 +173,21 @@ def test_unknown_token_is_the_one_of_the_model():
     assert HuggingFaceTokenizer(byte_level().to_str()).unk is None
 
 
+def test_an_unknown_token_that_ends_rows_is_none():
+    assert HuggingFaceTokenizer(word_level("</s>", "a", unk="</s>").to_str()).unk is None
+    both = word_level("</s>", "a", "<unk>", unk="</s>")
+    assert HuggingFaceTokenizer(both.to_str()).unk == "<unk>"
+
+
+def test_text_that_a_tokenizer_has_no_token_for_is_one_line():
+    tokenizer = HuggingFaceTokenizer(word_level("a", unk="absent").to_str())
+    assert tokenizer.open_symbols("a").to_pylist() == [0]
+    for call in (lambda: tokenizer.symbols(rows_of(["a b"])), lambda: tokenizer.open_symbols("b")):
+        with pytest.raises(ValueError, match="unknown token must be in its vocabulary") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("eos_token", ['"[SEP]"', '{"content": "[SEP]"}'])
 def test_loading_a_file_or_its_folder_with_the_eos_of_its_config(tmp_path, eos_token):
     word_level("[UNK]", "a", "</s>", "[SEP]").save(str(tmp_path / "tokenizer.json"))
@@ -203,8 +219,46 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path):
     assert "not a tokenizer.json" in complaint(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     assert "cannot read" in complaint(tmp_path)
+    word_level("[UNK]", "a").save(str(tmp_path / "tokenizer.json"))
+    config = tmp_path / "tokenizer_config.json"
+    for content, said in {
+        "[]": "holds a list, not an object",
+        '{"eos_token": {"id": 3}}': 'eos_token {"id": 3} of tokenizer_config.json names no token',
+        '{"eos_token": 3}': "eos_token 3 of",
+        "{": "tokenizer.json",
+    }.items():
+        config.write_text(content)
+        assert said in complaint(tmp_path)
     assert "could not be reached" in complaint("nobody/nothing")
     assert "neither 'whitespace' nor 'words'" in complaint("whitespaces")
+
+
+def answer(status):
+    return SimpleNamespace(headers={}, request=None, status_code=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (GatedRepoError("ask\nfirst", response=answer(403)), "ask first; .*hf auth login"),
+        (HfHubHTTPError("busy", response=answer(503)), "busy"),
+        (OSError("disk full"), "disk full$"),
+    ],
+)
+@pytest.mark.parametrize("refused", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_cannot_be_fetched_is_one_line(
+    refused, error, said, tmp_path, monkeypatch
+):
+    def download(repo_id, name, *, local_files_only):
+        if name == refused:
+            raise error
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(tokenization, "hub_reachable", lambda repo_id, kind: True)
+    monkeypatch.setattr(tokenization, "hf_hub_download", download)
+    with pytest.raises(ValueError, match=f"'some/thing'.*: {said}") as caught:
+        load_tokenizer("some/thing")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hub_id_is_fetched_with_its_config(tmp_path, monkeypatch):
@@ -227,10 +281,6 @@ def test_a_hub_id_is_fetched_with_its_config(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"'somebody/something'.* has no tokenizer\.json"):
         load_tokenizer("somebody/something")
-
-
-def answer(status):
-    return SimpleNamespace(headers={}, request=None, status_code=status)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,15 @@ def test_specials_that_a_hugging_face_tokenizer_lacks_have_no_original_id():
     assert vocab_of("a a b", tokenizer=tokenizer, min_count=2).tokens == ["a", "<eos>", "<unk>"]
 
 
+def test_folded_words_of_a_hugging_face_tokenizer_are_no_line_ends():
+    tokenizer = hugging_face("</s>", "a", "b", "c", unk="</s>")
+    folded = vocab_of("a a b b c", tokenizer=tokenizer, max_vocab_size=3)
+    assert folded.tokens == ["<unk>", "a", "</s>"]
+    assert folded.unk_id != folded.eos_id
+    assert folded.counts.tolist() == [3, 2, 1]
+    assert folded.decode(folded.encode("c")) == "<unk>"
+
+
 VOCABS = {
     "words": lambda: vocab_of("for é in x:", "\tpass", tokenizer=WORDS),
     "whitespace": lambda: vocab_of("a\x00b c c", max_vocab_size=3),
@@ -208,9 +217,15 @@ def test_what_holds_no_vocabulary_is_one_line(tmp_path):
     assert "no vocabulary or checkpoint file" in complaint(path)
     path.write_text("text")
     assert "cannot read" in complaint(path)
-    for state in ({"weight": torch.ones(2)}, [1], {"hyper_parameters": {}}):
+    states = [{"weight": torch.ones(2)}, [1]]
+    for state in (*states, *({"hyper_parameters": h} for h in ({}, None, [1], {"vocab": 3}))):
         torch.save(state, path)
         assert "holds no vocabulary" in complaint(path)
+    for key in ("unk_id", "eos_id", "tokenizer", "original_ids"):
+        state = vocab_of("a").state_dict()
+        del state[key]
+        torch.save(state, path)
+        assert f"is not whole: {key} is missing" in complaint(path)
     torch.save(vocab_of("a").state_dict() | {"format": 99}, path)
     with pytest.raises(ValueError, match="format 99"):
         Vocab.load(path)

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from typing import TYPE_CHECKING, NoReturn
 
 from lm_softmax.compare.runs import METRICS, TIME, Run, find_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     *("run", "head", "vocabulary", "parameters"),
@@ -42,12 +42,15 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Sequence[Run]) -> Figure | None:
+def draw(runs: Sequence[Run]) -> "Figure | None":
     """Draws perplexity against training time, beside it bits per byte if vocabularies differ.
 
     Returns:
         The figure; None if no run has a validation with a time.
     """
+    from matplotlib.figure import Figure  # of the train extra, see __main__
+    from matplotlib.ticker import LogFormatter
+
     runs = [run for run in runs if run.curve]
     if not runs:
         return None
@@ -130,7 +133,7 @@ def _time_unit(seconds: float) -> tuple[float, str]:
     return (60, "minutes") if seconds >= 180 else (1, "seconds")
 
 
-def _draw_curves(axes: Axes, runs: Sequence[Run], column: int, seconds: float) -> None:
+def _draw_curves(axes: "Axes", runs: Sequence[Run], column: int, seconds: float) -> None:
     for number, run in enumerate(runs):
         axes.plot(
             [point[0] / seconds for point in run.curve],
@@ -143,7 +146,7 @@ def _draw_curves(axes: Axes, runs: Sequence[Run], column: int, seconds: float) -
         )
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     form = path.suffix.lstrip(".").lower()
     supported = figure.canvas.get_supported_filetypes()
     if form not in supported:

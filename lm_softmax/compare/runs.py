@@ -4,14 +4,13 @@ import csv
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import yaml  # type: ignore[import-untyped]
 
 SUMMARY, METRICS, CONFIG = "summary.json", "metrics.csv", "config.yaml"
 TIME = "perf/train_time_s"
@@ -52,24 +51,34 @@ class Run:
 def find_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads the runs in folders, those with a `summary.json` or a `metrics.csv`.
 
+    What holds no more than an evaluation is no run. A run that cannot be read is left out, with a
+    line on stderr.
+
     Returns:
         The runs by perplexity, those of another vocabulary than most at the end.
 
     Raises:
-        ValueError: If a folder does not exist, there is no run, or a file cannot be read.
+        ValueError: If a folder does not exist, or there is no run that can be read.
     """
     runs: dict[Path, Run] = {}
+    unread: dict[Path, str] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
         for path in sorted(Path(root) for root, _, _ in os.walk(folder)):
-            if (path / SUMMARY).is_file() or (path / METRICS).is_file():
-                inside = len(folders) == 1 and path != folder
-                name = str(path.relative_to(folder) if inside else path)
-                runs.setdefault(path.resolve(), read_run(path, name))
+            inside = len(folders) == 1 and path != folder
+            name = str(path.relative_to(folder) if inside else path)
+            try:
+                if _is_run(path):
+                    runs.setdefault(path.resolve(), read_run(path, name))
+            except (ValueError, OSError) as error:
+                unread[path.resolve()] = " ".join(str(error).split())
     if not runs:
         places = ", ".join(map(str, folders))
-        raise ValueError(f"no run below {places}: none holds a {SUMMARY} or a {METRICS}")
+        nothing = f"no run below {places}: none holds a {SUMMARY} or a {METRICS}"
+        raise ValueError("; ".join(unread.values()) or nothing)
+    for message in unread.values():
+        sys.stderr.write(f"left out: {message}\n")
     known = Counter(run.fingerprint for run in runs.values() if run.fingerprint)
     for run in runs.values():
         if run.fingerprint is None:
@@ -98,6 +107,14 @@ def read_run(path: Path, name: str) -> Run:
         (row[TIME], row["val/ppl"], row.get("val/bits_per_byte", math.nan)) for row in validations
     )
     return run
+
+
+def _is_run(path: Path) -> bool:
+    if (path / SUMMARY).is_file() or not (path / METRICS).is_file():
+        return (path / SUMMARY).is_file()
+    rows = _read_metrics(path / METRICS)
+    trained = any(name == TIME or name.startswith("train/") for row in rows for name in row)
+    return trained or not (path / CONFIG).is_file()  # a config without training: an evaluation
 
 
 def _rank(run: Run) -> tuple[bool, float, str]:
@@ -164,6 +181,8 @@ def _number(cell: str, place: str) -> float:
 
 
 def _read_head(path: Path) -> str | None:
+    import yaml  # type: ignore[import-untyped]  # of the train extra, see __main__
+
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         head = config.get("fit", config)["model"]["head"]

@@ -23,7 +23,8 @@ class Rows:
 
     Attributes:
         column: Text of the rows, memory-mapped.
-        fingerprint: Changes with the contents.
+        fingerprint: Changes with the contents; for files here, with their names, sizes, places on
+            the disk and times of change.
         described: What to call it in messages.
         files: The local files that the rows may come from.
     """

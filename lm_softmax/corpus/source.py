@@ -2,18 +2,24 @@
 
 import glob
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pandas  # type: ignore[import-untyped]
 import pyarrow as pa
 from datasets.arrow_writer import SchemaInferenceError
+from datasets.packaged_modules.csv.csv import CsvConfig
+from datasets.packaged_modules.text.text import TextConfig
+from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
 
 from lm_softmax.corpus.rows import COMPRESSED, Rows, not_utf8
 from lm_softmax.corpus.stdlib import NAME as STDLIB
@@ -35,7 +41,8 @@ class Source:
         name: Configuration of the dataset, such as "wikitext-2-v1".
         data_files: Files of each split instead of a dataset; names, lists or glob patterns. The
             suffix tells the format: .json, .jsonl, .csv, .parquet, and all else is text with a
-            row a line. With a `path`, they are files of that dataset.
+            row a line. With a `path`, they are files of that dataset. In .json and .csv files here,
+            numbers and dates in the column are text, and so is each cell of a .csv, "NA" too.
         text_column: Column that holds the text.
         validation_fraction: Share of the rows of train, its last ones, that become validation in
             a corpus that has no such split; 0 for none.
@@ -48,6 +55,8 @@ class Source:
     validation_fraction: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(f"path='' names no corpus: give {STDLIB!r}, a folder or a hub id")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} is not in [0, 1)")
         if self.name is not None and self.path == STDLIB:
@@ -70,6 +79,8 @@ class Source:
         if self.text_column not in data.column_names:
             raise ValueError(f"no {what}: its columns are {', '.join(data.column_names)}")
         column = data.data.column(self.text_column)
+        if isinstance(data.features[self.text_column], datasets.Json):
+            column = _plain(column, what)
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             raise ValueError(f"{what} holds {column.type}, not text")
         if len(column) == column.null_count:
@@ -109,16 +120,35 @@ class Source:
 
     def _load(self) -> Mapping[str, datasets.Dataset]:
         path, offline = self._located()
+        given: dict[str, Any] = {"name": self.name, "data_files": self._files or None}
+        here = self.path == STDLIB or self._folder() is not None
+        if here:
+            self._check_files()
         try:
             with _quietly(offline):
-                return datasets.load_dataset(path, self.name, data_files=self._files or None)
+                if not here:
+                    return datasets.load_dataset(path, **given)
+                given |= _as_text(datasets.load_dataset_builder(path, **given).config)
+                # the library's own cache goes by names and times of modification alone
+                given["description"] = _stamp(self._local_files())
+                splits = datasets.load_dataset(path, **given)
+                data = next(iter(splits.values()))
+                feature = data.features.get(self.text_column)
+                if data.info.builder_name != "json" or feature is None or _is_text(feature):
+                    return splits
+                # the parser makes numbers and dates of strings, save where all is to stay JSON
+                features = data.features | {self.text_column: datasets.Json()}
+                return datasets.load_dataset(path, **given, features=datasets.Features(features))
         except Exception as error:  # datasets raises all kinds
             raise ValueError(self._failure(error, offline)) from error
 
     @property
     def _files(self) -> dict[str, list[str]]:
         given = (self.data_files or {}).items()
-        return {split: [names] if isinstance(names, str) else [*names] for split, names in given}
+        return {
+            split: [os.path.expanduser(n) for n in ([names] if isinstance(names, str) else names)]
+            for split, names in given
+        }
 
     def _folder(self) -> Path | None:
         """The local folder that `path` stands for, if there is one."""
@@ -143,12 +173,19 @@ class Source:
 
     def _local_files(self) -> Iterator[Path]:
         """The files here that the corpus may consist of, for messages."""
-        patterns = [*chain.from_iterable(self._files.values())]
+        for pattern in [*chain.from_iterable(self._files.values())] or ["**/*"]:
+            yield from self._matching(pattern)
+
+    def _matching(self, pattern: str) -> list[Path]:
         folder = Path() if self.path == STDLIB else self._folder()
-        if folder is not None:
-            for pattern in patterns or ["**/*"]:
-                for name in sorted(glob.glob(str(folder / pattern), recursive=True)):
-                    yield Path(name)
+        if folder is None:
+            return []
+        return [Path(name) for name in sorted(glob.glob(str(folder / pattern), recursive=True))]
+
+    def _check_files(self) -> None:
+        for pattern in chain.from_iterable(self._files.values()):
+            if "://" not in pattern and not self._matching(pattern):
+                raise ValueError(f"no file matches {pattern!r} of data_files")
 
     def _failure(self, error: Exception, offline: bool) -> str:
         """What went wrong in `load_dataset`, on one line."""
@@ -157,7 +194,8 @@ class Source:
             cause = cause.__cause__
         if isinstance(cause, UnicodeDecodeError) and (message := not_utf8(self._local_files())):
             return message
-        if isinstance(cause, SchemaInferenceError):
+        no_row = isinstance(cause, SchemaInferenceError | EmptyDataError | StopIteration)
+        if no_row or "corresponds to no data" in str(cause):
             empty = [str(f) for f in self._local_files() if f.is_file() and not f.stat().st_size]
             return f"{self._described} is empty: no row in {', '.join(empty) or 'its files'}"
         if offline and isinstance(error, OSError):
@@ -182,6 +220,49 @@ def _builder(files: Mapping[str, Sequence[str]]) -> str:
             else f"data_files mixes formats: {', '.join(f'{n!r} is {b}' for b, n in found.items())}"
         )
     return next(iter(found))
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    """Changes whenever a file is written, whatever its time of modification is set to."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file} {stat.st_size} {stat.st_ino} {stat.st_ctime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _as_text(config: datasets.BuilderConfig) -> dict[str, Any]:
+    """Options that keep a builder from taking text for something else."""
+    if isinstance(config, TextConfig) and config.encoding == "utf-8":
+        return {"encoding": "utf-8-sig"}  # a byte order mark is no text
+    if isinstance(config, CsvConfig) and config.features is None and config.data_files:
+        first = next(iter(config.data_files.values()))[0]
+        header = config.pd_read_csv_kwargs | {"nrows": 0, "chunksize": None}
+        columns = pandas.read_csv(first, **header).columns
+        features = datasets.Features({name: datasets.Value("large_string") for name in columns})
+        return {"features": features, "keep_default_na": False, "na_filter": False}
+    return {}
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _plain(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
+    """Strings of a column of JSON values: strings as they are, numbers as they are written."""
+
+    def plain(value: str | None) -> str | None:
+        loaded = None if value is None else json.loads(value)
+        if isinstance(loaded, dict | list | bool):
+            raise ValueError(f"{what} holds {one_line(ValueError(value))}, not text")
+        return loaded if loaded is None or isinstance(loaded, str) else value
+
+    chunks = [
+        pa.array(map(plain, chunk.cast(pa.large_string()).to_pylist()), pa.large_string())
+        for chunk in column.chunks
+    ]
+    return pa.chunked_array(chunks, pa.large_string())
 
 
 def _in_memory(rows: list[str]) -> datasets.Dataset:

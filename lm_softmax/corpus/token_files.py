@@ -27,7 +27,7 @@ from lm_softmax.vocab import SymbolCounter, Vocab, check_folding, load_tokenizer
 
 _Tokens = TypeVar("_Tokens", bound=Sized)
 _NUM_THREADS = min(4, os.cpu_count() or 1)  # each holds a batch, some 200 MB at work
-_FORMAT = 1  # part of every key: raise it when the contents of the files change
+_FORMAT = 2  # part of every key: raise it when the contents of the files change
 
 
 class SplitStats(NamedTuple):
@@ -81,9 +81,11 @@ class Corpus:
     """The vocabulary of a source and its splits as token files, built once and kept.
 
     The vocabulary comes from train, in one pass; a split is encoded when it is first asked for.
-    Files are kept under a hash of all that they depend on: the contents of the source, tokenizer,
-    limits and this format. Processes that ask at the same time wait for the first one (a lock in
-    the cache folder); what is half-written is never seen, since folders are renamed when complete.
+    Files are kept under a hash of all that they depend on: the fingerprint of the rows (of local
+    files: names, sizes, inodes and times of change, so that a file written again is another),
+    tokenizer or vocabulary, limits and this format. Processes that ask at the same time wait for
+    the first one (a lock in the cache folder); what is half-written is never seen, since folders
+    are renamed when complete.
 
     Args:
         source: The text.

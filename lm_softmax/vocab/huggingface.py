@@ -1,7 +1,8 @@
 """Tokenizers of the `tokenizers` library, by their `tokenizer.json`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -49,18 +50,23 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos = known[0] if known else "<eos>"
         self._eos_id = vocabulary.get(self.eos, MISSING_EOS)
         unknown = (_unknown_token(json.loads(definition)["model"]), "<unk>")
-        self.unk = next((name for name in unknown if name in vocabulary), None)
+        # an unknown word must not read as a line end: a vocabulary that folds has its own <unk>
+        usable = [name for name in unknown if name in vocabulary and name != self.eos]
+        self.unk = usable[0] if usable else None
 
     @override
     def symbols(self, rows: pa.Array) -> pa.Array:
         end = np.array([self._eos_id])
-        encoded = self._tokenizer.encode_batch_fast(rows.to_pylist(), add_special_tokens=False)
+        with _told():
+            encoded = self._tokenizer.encode_batch_fast(rows.to_pylist(), add_special_tokens=False)
         parts = [part for row in encoded for part in (np.array(row.ids, np.int64), end)]
         return pa.array(np.concatenate(parts or [end[:0]]))
 
     @override
     def open_symbols(self, text: str) -> pa.Array:
-        return pa.array(self._tokenizer.encode(text, add_special_tokens=False).ids, pa.int64())
+        with _told():
+            encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return pa.array(encoded.ids, pa.int64())
 
     @override
     def complete(
@@ -86,6 +92,18 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def state_dict(self) -> dict[str, str | None]:
         return {"kind": "huggingface", "definition": self.definition, "eos": self.eos}
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Make a ValueError of what the library raises for text that a tokenizer has no token for."""
+    try:
+        yield
+    except Exception as error:  # it raises nothing narrower
+        raise ValueError(
+            f"the tokenizer cannot encode the text: {one_line(error)}; its unknown token must be in"
+            " its vocabulary"
+        ) from error
 
 
 def _unknown_token(model: dict[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from lm_softmax.vocab.hub import hub_reachable, is_hub_id, one_line
 from lm_softmax.vocab.huggingface import HuggingFaceTokenizer
@@ -42,12 +42,22 @@ def load_tokenizer(name: str) -> Tokenizer:
         file = _from_hub(name)
     config = file.with_name("tokenizer_config.json")
     try:
-        eos = json.loads(config.read_text("utf-8")).get("eos_token") if config.is_file() else None
-        return HuggingFaceTokenizer(
-            file.read_text("utf-8"), eos["content"] if isinstance(eos, dict) else eos
-        )
+        eos = _configured_eos(config) if config.is_file() else None
+        return HuggingFaceTokenizer(file.read_text("utf-8"), eos)
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot read tokenizer {str(file)!r}: {one_line(error)}") from error
+
+
+def _configured_eos(file: Path) -> str | None:
+    """The end-of-sequence token of a `tokenizer_config.json`."""
+    config = json.loads(file.read_text("utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{file.name} holds a {type(config).__name__}, not an object")
+    eos = config.get("eos_token")
+    name = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(name, str) and eos is not None:
+        raise ValueError(f"eos_token {json.dumps(eos)} of {file.name} names no token")
+    return name
 
 
 def _from_hub(repo_id: str) -> Path:
@@ -55,12 +65,17 @@ def _from_hub(repo_id: str) -> Path:
     local = not hub_reachable(repo_id, "model")
     try:
         file = hf_hub_download(repo_id, "tokenizer.json", local_files_only=local)
+        with suppress(EntryNotFoundError):  # it is optional
+            hf_hub_download(repo_id, "tokenizer_config.json", local_files_only=local)
     except EntryNotFoundError as error:
         where = "could not be reached and its cache has none" if local else "has no tokenizer.json"
         raise ValueError(
             f"no tokenizer {repo_id!r}: neither 'whitespace' nor 'words' nor a local path, and the"
             f" Hugging Face Hub {where}"
         ) from error
-    with suppress(EntryNotFoundError):  # it is optional
-        hf_hub_download(repo_id, "tokenizer_config.json", local_files_only=local)
+    except OSError as error:  # errors of the hub are of this kind too
+        hint = "; if it needs a login: hf auth login" if isinstance(error, HfHubHTTPError) else ""
+        raise ValueError(
+            f"cannot fetch tokenizer {repo_id!r} from the Hugging Face Hub: {one_line(error)}{hint}"
+        ) from error
     return Path(file)

@@ -22,6 +22,7 @@ from lm_softmax.vocab.tokenization import from_state_dict
 from lm_softmax.vocab.tokenizer import LINE_END, Tokenizer
 
 _FORMAT = 1
+_KEYS = {"tokens", "counts", "unk_id", "eos_id", "tokenizer", "original_ids"}  # of a state
 _MERGE_AT = 2**21  # symbols
 _MISSING_UNK = -2  # symbol of an `<unk>` that the tokenizer does not have
 
@@ -250,9 +251,16 @@ class Vocab:
         except Exception as error:
             raise ValueError(f"cannot read {os.fspath(path)!r}: {one_line(error)}") from error
         if isinstance(state, dict) and "hyper_parameters" in state:
-            state = state["hyper_parameters"].get("vocab")
+            hyper_parameters = state["hyper_parameters"]
+            state = hyper_parameters.get("vocab") if isinstance(hyper_parameters, dict) else None
         if not isinstance(state, dict) or not {"format", "tokens", "counts"} <= state.keys():
             raise ValueError(f"{os.fspath(path)!r} holds no vocabulary")
+        missing = _KEYS - state.keys() if state["format"] == _FORMAT else ()
+        if missing:
+            raise ValueError(
+                f"the vocabulary in {os.fspath(path)!r} is not whole: {', '.join(sorted(missing))}"
+                " is missing"
+            )
         own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
         return cls.from_state_dict(own)  # of its own memory: the file may be replaced
 

@@ -18,11 +18,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from lm_softmax import cli
+from lm_softmax.cli.run_folder import FOLDER_OF_RUN, RunFolder
 from lm_softmax.heads import FullSoftmax
 from lm_softmax.heads import cutoffs as cutoffs_module
 
+EPOCHS = "--trainer.max_epochs={}"
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
 OPTIONS = {
     "model": {
@@ -500,6 +503,146 @@ def test_ctrl_c_says_what_to_go_on_from(place):
     assert said.code == 130
     assert said.err.splitlines()[-1] == "interrupted before the first checkpoint"
     assert not Path("never").exists()
+
+
+def test_a_diverging_run_ends_in_its_last_state_and_keeps_its_best(place):
+    done("fit", "-c", "tiny.yaml", "--run", "worse", "--model.optimizer.lr=0.3", EPOCHS.format(3))
+    assert checkpoint(Path("worse"))["global_step"] == 30
+    assert checkpoint(Path("worse"), "best")["global_step"] < 30
+    summary = json.loads(Path("worse/summary.json").read_text())
+    assert summary["steps"] == 30
+    assert list(summary["checkpoints"].items()) == [
+        ("best", "checkpoints/best.ckpt"),
+        ("last", "checkpoints/last.ckpt"),
+    ]
+
+
+def test_max_steps_between_validations_ends_with_one(place):
+    options = ("--trainer.max_steps=7", "--trainer.val_check_interval=5")
+    said = done("fit", "-c", "tiny.yaml", "--run", "between", *options)
+    assert "(best, step " in said.out
+    assert [row["step"] for row in rows(Path("between")) if row["val/ppl"]] == ["4", "6"]
+    assert checkpoint(Path("between"))["global_step"] == 7
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_ctrl_c_in_an_epoch_loses_no_step(place):
+    done("fit", "-c", "tiny.yaml", "--run", "not-stopped", EPOCHS.format(2))
+    for step in (3, 14):
+        run = Path(f"stopped-{step}")
+        said = call(*stopped(step), "--run", run)
+        assert said.code == 130
+        assert f"interrupted; {run}/checkpoints/last.ckpt goes on with: " in said.err
+        assert checkpoint(run)["global_step"] == step
+        done("fit", "--run", run, "--ckpt_path", "last", "-c", "tiny.yaml", EPOCHS.format(2))
+        assert_same_weights(Path("not-stopped"), run)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_ctrl_c_in_an_evaluation(command, trained, tmp_path):
+    path = tmp_path / "stop.yaml"
+    callbacks = [{"class_path": "test_cli.StopEvaluation"}]
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    options = ("--ckpt_path", trained[0] / "checkpoints/last.ckpt", "--run", tmp_path / "run")
+    said = call(command, "-c", path, *options)
+    assert (said.code, said.err.splitlines()[-1]) == (130, "interrupted")
+    assert not (tmp_path / "run").exists()
+
+
+class StopEvaluation(pl.Callback):
+    """Presses Ctrl-C at once."""
+
+    def on_validation_start(self, trainer, pl_module):
+        raise KeyboardInterrupt
+
+    on_test_start = on_predict_start = on_validation_start
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_OF_RUN, "of an earlier run")
+    path = tmp_path / "runs" / "a"
+    folders = [RunFolder(path, numbered=True) for _ in range(3)]
+    assert [folder.path.name for folder in folders] == ["a", "a-2", "a-3"]
+    assert all(folder.path.is_dir() for folder in folders)
+    with pytest.raises(ValueError, match="exists: give another --run"):
+        RunFolder(path)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # a process that the first one has started
+    assert RunFolder(path.with_name("a-second-later"), numbered=True).path == folders[2].path
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    folders[1].remove()
+    assert sorted(folder.name for folder in path.parent.iterdir()) == ["a", "a-3"]
+    RunFolder(path, resumes=True).remove()
+    assert path.is_dir()
+    folders[2].remove()
+    folders[0].remove(only_empty=True)
+    assert path.parent.is_dir() is False or not any(path.parent.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+@pytest.mark.parametrize("killed", ["in a row", "before the rewrite", "in the rewrite"])
+def test_metrics_that_a_kill_cut_off_are_read(killed, tmp_path):
+    whole, cut = "epoch,step,train/loss\n0,0,2.5\n0,1,2.25\n0,12,2.0\n", "0,2"
+    file, partial = tmp_path / "metrics.csv", tmp_path / "metrics.csv.partial"
+    if killed == "in a row":
+        file.write_text(whole + cut)
+    else:
+        partial.write_text(whole)
+    if killed == "in the rewrite":
+        file.write_text("epoch,step,train/loss\n0,0,2.5\n")
+    folder = RunFolder(tmp_path, resumes=True)
+    folder.keep_rows(folder.loggers(5), 5)
+    assert [(row["step"], row["train/loss"]) for row in rows(tmp_path)] == [
+        ("0", "2.5"),
+        ("1", "2.25"),
+    ]
+    assert not partial.exists()
+
+
+def test_a_path_into_the_run_brings_its_config(place):
+    done("fit", "-c", "tiny.yaml", "--run", "by-path", "--trainer.log_every_n_steps=5")
+    path = Path("by-path/checkpoints/last.ckpt")
+    done("fit", "--run", "by-path", "--ckpt_path", path, EPOCHS.format(2))
+    options = yaml.safe_load(Path("by-path/config.yaml").read_text())
+    assert options["trainer"]["log_every_n_steps"] == 5
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    whole, path = (trained[0] / "checkpoints" / "last.ckpt").read_bytes(), tmp_path / "a.ckpt"
+    weights = checkpoint(trained[0])["state_dict"]["head.weight"].numpy().tobytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(weights) + 2] ^= 16
+    for content in (b"", whole[:2], whole[: len(whole) // 2], whole[:-1], bytes(flipped)):
+        path.write_bytes(content)
+        line = error_of("validate", "--ckpt_path", path)
+        assert line == f"{path} is damaged or incomplete"
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("--trainer.max_epochs=1", "has done 1 epochs of trainer.max_epochs=1 already: raise "),
+        ("--trainer.max_steps=10", "has done 10 steps of trainer.max_steps=10 already: raise "),
+    ],
+)
+def test_a_complete_run_is_left_as_it_is(limit, message, trained):
+    run, _ = trained
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    line = error_of("fit", "--run", run, "--ckpt_path", "last", limit)
+    assert message in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    line = error_of(*FIT, "--ckpt_path", run / "checkpoints/last.ckpt", limit)
+    assert message in line
+    assert not Path("refused").exists()
+
+
+def test_weights_alone_are_no_run_to_go_on_with(trained, tmp_path):
+    content = checkpoint(trained[0])
+    del content["loops"]
+    torch.save(content, tmp_path / "weights.ckpt")
+    line = error_of(*FIT, "--ckpt_path", tmp_path / "weights.ckpt", EPOCHS.format(2))
+    assert line.endswith("weights.ckpt holds weights alone, no training to go on with")
+    assert not Path("refused").exists()
 
 
 def test_a_bug_keeps_its_traceback(place, monkeypatch):

@@ -84,6 +84,8 @@ def test_every_callback_is_there_by_default():
         "SampleText",
         "RunSummary",
         "ModelCheckpoint",
+        "LastCheckpoint",
+        "FinalValidation",
         "LearningRateMonitor",
         "TQDMProgressBar",
     ]

@@ -1,5 +1,8 @@
 """What a checkpoint gives to the command line: defaults of options, and choices already made."""
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,17 @@ from lm_softmax.heads import OutputHead
 from lm_softmax.module import LanguageModel
 
 NAMED = ("last", "best")
+ZIP_MAGIC = b"PK\x03\x04"
+# What reading a ZIP archive with flipped bits may end in: sizes, places, flags and names are wrong.
+DAMAGES = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
 
 
@@ -43,6 +57,8 @@ class Checkpoint:
             self.path = Path(run, "checkpoints", f"{path}.ckpt")
         if not self.path.is_file():
             raise ValueError(f"no checkpoint {self.path}")
+        if _is_damaged(self.path):
+            raise ValueError(f"{self.path} is damaged or incomplete")
         try:
             self.content = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file fails in as many ways as there are formats
@@ -86,6 +102,25 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
+    def check_limits(self, max_epochs: int | None, max_steps: int) -> None:
+        """Raises a ValueError if a fit with these limits cannot do a step from here."""
+        if "loops" not in self.content:
+            raise ValueError(f"{self.path} holds weights alone, no training to go on with")
+        if 0 <= max_steps <= self.step:
+            raise ValueError(
+                f"{self.path} has done {self.step} steps of trainer.max_steps={max_steps} already: "
+                "raise trainer.max_steps"
+            )
+        loops = self.content["loops"]["fit_loop"]
+        epochs = loops["epoch_progress"]["current"]
+        whole = loops["epoch_loop.batch_progress"]["is_last_batch"]
+        done = epochs["started" if whole else "processed"]
+        if max_epochs is not None and 0 <= max_epochs <= done:
+            raise ValueError(
+                f"{self.path} has done {done} epochs of trainer.max_epochs={max_epochs} already: "
+                "raise trainer.max_epochs"
+            )
+
     def defaults(self, data_options: Iterable[str]) -> dict[str, Any]:
         """Values of the options `model.*` and `data.*` of the run that wrote the checkpoint.
 
@@ -123,3 +158,16 @@ class Checkpoint:
             if factory.complete(factory.describe(model[name], name), base, name)
             == factory.complete(self.hparams["requested"][name], base, name)
         }
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether what began as a ZIP archive, as checkpoints are, lacks a part or fails its CRC."""
+    with path.open("rb") as file:
+        begin = file.read(len(ZIP_MAGIC))
+    if not ZIP_MAGIC.startswith(begin) and not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except DAMAGES:
+        return True

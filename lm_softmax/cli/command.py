@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lm_softmax.schedule  # noqa: F401  a class is known by its name once it is imported
 from lm_softmax.callbacks import RunSummary
-from lm_softmax.cli.checkpoint import NAMED, Checkpoint
+from lm_softmax.cli.checkpoint import Checkpoint
 from lm_softmax.cli.messages import option_error
 from lm_softmax.cli.run_folder import PredictionWriter, RunFolder
 from lm_softmax.data import TextDataModule
@@ -27,12 +27,12 @@ from lm_softmax.vocab import Vocab
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
-BEST_AND_LAST = {
+BEST = {
     "monitor": "val/ppl",
+    "mode": "min",
     "filename": "best",
     "auto_insert_metric_name": False,
     "enable_version_counter": False,
-    "save_last": True,
 }
 BAR = {
     "class_path": "lightning.pytorch.callbacks.TQDMProgressBar",
@@ -48,7 +48,9 @@ FIT_CALLBACKS = [
     {"class_path": "lm_softmax.callbacks.PerplexityMonitor"},
     {"class_path": "lm_softmax.callbacks.SampleText"},
     {"class_path": "lm_softmax.callbacks.RunSummary"},
-    {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": BEST_AND_LAST},
+    {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": BEST},
+    {"class_path": "lm_softmax.cli.last_state.LastCheckpoint"},
+    {"class_path": "lm_softmax.cli.last_state.FinalValidation"},
     {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
     BAR,
 ]
@@ -168,13 +170,22 @@ class TrainCLI(LightningCLI):
             raise ValueError(_needs_checkpoint(str(self.subcommand)))
         resumes = self.checkpoint is not None and self.checkpoint.is_in(folder)
         if folder is not None and (self.subcommand == "fit" or not resumes):
-            self.folder = RunFolder(folder, resumes=resumes)
+            self.folder = RunFolder(folder, resumes=resumes, numbered=config.run is None)
             vocab_path = config.data.vocab_path
             if self.checkpoint is not None and vocab_path == str(self.checkpoint.path):
                 vocab_path = self.checkpoint.data_options.get("vocab_path")
-            self.save_config_kwargs = {"folder": folder, "vocab_path": vocab_path}
+            self.save_config_kwargs = {"folder": self.folder.path, "vocab_path": vocab_path}
         else:  # an evaluation says its figures and leaves the run as it is
             self.save_config_callback = None
+
+    def instantiate_classes(self) -> None:
+        """Makes data, model and trainer; if that fails, the folder goes."""
+        try:
+            super().instantiate_classes()
+        except BaseException:
+            if self.folder is not None:
+                self.folder.remove()
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Makes the trainer, with loggers and checkpoints in the run's folder."""
@@ -202,14 +213,17 @@ class TrainCLI(LightningCLI):
         assert self.folder is not None
         path = self.checkpoint and self.checkpoint.path
         try:
+            if self.checkpoint is not None:
+                self.checkpoint.check_limits(self.trainer.max_epochs, self.trainer.max_steps)
             self.folder.keep_rows(self.trainer.loggers, self._first_step)
             self.trainer.fit(**options | {"ckpt_path": path})
         except BaseException as error:
-            if self.trainer.global_step == self._first_step:
+            if self.trainer.global_step in (0, self._first_step):
                 self.folder.remove()
-            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            if _is_ctrl_c(error):
                 raise KeyboardInterrupt(self.folder.last_words()) from error
             raise
+        self.folder.remove(only_empty=True)  # trainer.fast_dev_run writes nothing
         for callback in self._callbacks:
             if isinstance(callback, RunSummary):
                 sys.stdout.writelines(f"{line}\n" for line in callback.lines())
@@ -237,9 +251,11 @@ class TrainCLI(LightningCLI):
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
         try:
             run(**options | {"ckpt_path": self.checkpoint.path})
-        except BaseException:
+        except BaseException as error:
             if self.folder is not None:
                 self.folder.remove()
+            if _is_ctrl_c(error):
+                raise KeyboardInterrupt("interrupted") from error
             raise
 
     def _option_error(self, message: str) -> str:
@@ -263,8 +279,10 @@ class TrainCLI(LightningCLI):
     def _with_config_of_run(self, args: Sequence[str]) -> list[str]:
         """A run that goes on, and is given no config, has its own."""
         given, args = self.given, list(args)
-        if given.subcommand == "fit" and given.ckpt_path in NAMED and not given.configs:
-            config = Path(given.run or "", CONFIG)
+        run = Path(given.run) if given.run else None
+        goes_on = self.checkpoint is not None and self.checkpoint.is_in(run)
+        if given.subcommand == "fit" and run and goes_on and not given.configs:
+            config = run / CONFIG
             if config.is_file():
                 args.insert(args.index("fit") + 1, f"--config={config}")
         return args
@@ -300,6 +318,11 @@ def _switched_off(trainer: Namespace) -> tuple[type[pl.Callback], ...]:
         LearningRateMonitor: bool(trainer.logger),
     }
     return tuple(kind for kind, on in switches.items() if not on)
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Whether the trainer was interrupted, which it turns into an exit."""
+    return isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _needs_checkpoint(subcommand: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 METRICS = "metrics.csv"
+FOLDER_OF_RUN = "LM_SOFTMAX_RUN_FOLDER"
 
 
 class RunFolder:
@@ -22,20 +24,43 @@ class RunFolder:
     Args:
         path: The folder.
         resumes: Whether the run goes on in a folder that exists.
+        numbered: Whether to append -2, -3, ... to the name of a folder that exists.
+
+    Attributes:
+        path: The folder, which exists from now on; other processes of the run take it from the
+            first one's environment.
 
     Raises:
         ValueError: If the folder exists and the run does not go on from one of its checkpoints.
     """
 
-    def __init__(self, path: Path, *, resumes: bool = False) -> None:
-        first_process = getattr(rank_zero_only, "rank", 0) == 0  # which makes it for the others
-        if path.exists() and not resumes and first_process:
-            raise ValueError(
-                f"run folder {path} exists: give another --run, "
-                f"or go on with --run {path} --ckpt_path last"
-            )
-        self.path = path
-        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    def __init__(self, path: Path, *, resumes: bool = False, numbered: bool = False) -> None:
+        self.path, self._made = path, list[Path]()
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            self.path = Path(os.environ.get(FOLDER_OF_RUN, path)) if numbered else path
+            return
+        if not resumes:
+            self._reserve(numbered)
+        os.environ[FOLDER_OF_RUN] = str(self.path)
+
+    def _reserve(self, numbered: bool) -> None:
+        """Makes the folder, which of several processes at once only one can."""
+        path, number = self.path, 1
+        while True:
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError as error:
+                if not numbered:
+                    raise ValueError(
+                        f"run folder {path} exists: give another --run, "
+                        f"or go on with --run {path} --ckpt_path last"
+                    ) from error
+                number += 1
+                path = self.path.with_name(f"{self.path.name}-{number}")
+            else:
+                self.path, self._made = path, missing
+                return
 
     @staticmethod
     def name(configs: Sequence[str], head: str) -> Path:
@@ -63,12 +88,13 @@ class RunFolder:
     def keep_rows(self, loggers: list[Logger], step: int) -> None:
         """Hand the rows before `step` to the CSV logger, which begins by deleting its file."""
         file = self.path / METRICS
+        safe = file.with_suffix(".csv.partial")
         logger = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
-        if logger is None or not file.is_file():
+        if logger is None or not (safe.is_file() or file.is_file()):
             return
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = [row for row in csv.DictReader(lines) if int(row["step"]) < step]
-        safe = file.replace(file.with_suffix(".csv.partial"))
+        if not safe.is_file():  # else a run was killed right here, and it holds all the rows
+            file.replace(safe)
+        rows = [row for row in _whole_rows(safe) if int(row["step"]) < step]
         for row in rows:
             values = {name: value for name, value in row.items() if value and name != "step"}
             logger.experiment.log_metrics(values, int(row["step"]))
@@ -76,13 +102,20 @@ class RunFolder:
         safe.unlink()
 
     @rank_zero_only
-    def remove(self) -> None:
+    def remove(self, *, only_empty: bool = False) -> None:
         """Take back the folder and those above it, as far as this run made them."""
         for folder in self._made:
-            if folder == self.path:
+            if folder == self.path and not only_empty:
                 shutil.rmtree(folder, ignore_errors=True)
             elif folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _whole_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a table, without any that a kill cut off."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    table = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [row for row in table if None not in row and (row["step"] or "").isdecimal()]
 
 
 class PredictionWriter(pl.Callback):

@@ -11,8 +11,8 @@ OPT_OUT = "LM_SOFTMAX_KEEP_PAGES"
 def keep_pages() -> bool:
     """Tell glibc to serve large blocks from its heap and never to give them back.
 
-    By default it maps each large block anew and unmaps it when it is freed; on a CPU the page
-    faults of logits and gradients then cost as much as the arithmetic. The same as
+    By default it maps each large block anew and unmaps it when it is freed, so that on a CPU each
+    step pays for the page faults of logits and gradients. The same as
     `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647`, for this process. The process keeps its
     largest size. Nothing is done on other systems, where one of those variables is set, or with
     `LM_SOFTMAX_KEEP_PAGES=0`.

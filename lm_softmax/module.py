@@ -178,6 +178,11 @@ class LanguageModel(LightningModule):
                     parameter.grad.mul_(scale)
         self._window.clear()
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lets the head learn what it learns without gradients."""
+        super().optimizer_step(*args, **kwargs)
+        self.head.after_optimizer_step()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the exact perplexity."""
         self._evaluate(batch, "val", self.val_perplexity)

@@ -181,6 +181,10 @@ class OutputHead(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} has no output matrix that an embedding could be")
 
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        """Update what is learned without gradients; `LanguageModel` calls it, so does your loop."""
+
     def structure(self) -> dict[str, Any]:
         """Keyword arguments that pin what was derived from data; a checkpoint keeps them."""
         return {}

@@ -61,6 +61,13 @@ class ClusteredHead(OutputHead):
     def _all_log_probs(self, rows: Tensor) -> Tensor:
         """Log-probabilities of all words, `(N, vocab_size)`."""
 
+    def _inputs(self, rows: Tensor, target: Tensor | None = None) -> Tensor:
+        """What the clusters' rows are multiplied with: `hidden` itself, unless a subclass differs.
+
+        With `target`, rows that are ignored may hold anything, nan as well.
+        """
+        return rows
+
     @property
     def loss_is_nll(self) -> bool:
         """False under label smoothing or z-loss."""
@@ -71,11 +78,12 @@ class ClusteredHead(OutputHead):
     ) -> Tensor:
         """See `OutputHead.log_prob`; with `target` no `(N, vocab_size)` is ever held."""
         if target is None:
-            log_probs = self._all_log_probs(self._flatten(hidden))
+            log_probs = self._all_log_probs(self._inputs(self._flatten(hidden)))
             return log_probs.view(*hidden.shape[:-1], self.vocab_size)
         rows, flat, poison = self._flatten_with_target(hidden, target)
         objective = Objective(self.objective.softcap)
-        nll = cluster_nll(rows, flat, self.clusters(), objective, self.ignore_index)
+        inputs = self._inputs(rows, flat)
+        nll = cluster_nll(inputs, flat, self.clusters(), objective, self.ignore_index)
         return -(nll + poison).view(target.shape)
 
     def loss(
@@ -88,7 +96,8 @@ class ClusteredHead(OutputHead):
         """See `OutputHead.loss`; gradients of a mean or a sum are made in the forward pass."""
         self._check_reduction(reduction)
         rows, flat, poison = self._flatten_with_target(hidden, target)
-        arguments = (rows, flat, self.clusters(), self.objective, self.ignore_index)
+        inputs = self._inputs(rows, flat)
+        arguments = (inputs, flat, self.clusters(), self.objective, self.ignore_index)
         if reduction == "none":
             return (cluster_nll(*arguments) + poison).view(target.shape)
         total = cluster_loss(*arguments) + poison

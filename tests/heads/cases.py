@@ -13,6 +13,16 @@ class Case(NamedTuple):
     name: str
     make: Callable[..., OutputHead]  # (hidden_size, vocab_size, counts, **options)
     naive: Callable[..., torch.Tensor]  # (head, hidden) -> log-probabilities, from the equation
+    # (head, hidden, target) -> loss of each token, of a head whose loss is not -log p
+    surrogate: Callable[..., torch.Tensor] | None = None
+    twice: bool = False  # whether the loss has second derivatives; else they are refused
+    straight_through: bool = False  # whether gradients are not those of the loss, on purpose
+
+    def losses(self, head, hidden, target):
+        """Loss of each token by the naive code; draws what the head draws from the same seed."""
+        if self.surrogate is not None:
+            return self.surrogate(head, hidden, target)
+        return -self.naive(head, hidden).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
 def adaptive(*shares, **options):
@@ -20,13 +30,14 @@ def adaptive(*shares, **options):
 
     def make(hidden_size, vocab_size, counts=None, **more):
         ids = sorted({int(share * vocab_size) for share in shares} - {0, vocab_size})
-        return AdaptiveSoftmax(hidden_size, vocab_size, counts, cutoffs=ids, **options, **more)
+        given = {"cutoffs": ids, **options, **more}
+        return AdaptiveSoftmax(hidden_size, vocab_size, counts, **given)
 
     return make
 
 
 def full(**options):
-    return lambda *args, **more: FullSoftmax(*args, **options, **more)
+    return lambda *args, **more: FullSoftmax(*args, **{**options, **more})
 
 
 CASES = [

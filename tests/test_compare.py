@@ -26,7 +26,7 @@ def write_summary(folder: Path, **changes: Any) -> None:
         "vocab_fingerprint": "wikitext",
         "num_parameters": {"total": 12_345_678, "head": 1, "encoder": 2},
         "best": {"val/ppl": 160.123, "val/bits_per_byte": 1.5, "val/unk_rate": 0.0256},
-        "perf": {"perf/tokens_per_s": 12345.6},
+        "perf": {"perf/step_time_ms": 98.76, "perf/tokens_per_s": 12345.6},
         "mem": {"mem/host_rss_gib": 1.25},
         "train_time_s": 605.4,
         "wall_time_s": 700.0,
@@ -47,7 +47,12 @@ def write_metrics(folder: Path, rows: Iterable[dict[str, float]]) -> None:
 def curve(*perplexities: float) -> Iterable[dict[str, float]]:
     """Training rows with a validation after each, a minute apart."""
     for number, perplexity in enumerate(perplexities, start=1):
-        yield {"step": number * 100 - 1, "train/loss": 5.0, "perf/tokens_per_s": 1000.0 * number}
+        yield {
+            "step": number * 100 - 1,
+            "train/loss": 5.0,
+            "perf/step_time_ms": 90.0 / number,
+            "perf/tokens_per_s": 1000.0 * number,
+        }
         yield {
             "step": number * 100 - 1,
             "val/ppl": perplexity,
@@ -66,14 +71,14 @@ def test_table_of_finished_runs_by_perplexity(tmp_path: Path) -> None:
         train_time_s=3725.0,
     )
     assert table(find_runs([tmp_path])).splitlines() == [
-        "run     head             vocabulary  parameters  val/ppl  bits/byte  <unk>  tokens/s"
-        "    peak memory     time",
-        "------  ---------------  ----------  ----------  -------  ---------  -----  --------"
-        "  -------------  -------",
-        "deep/b  FullSoftmax          33,278  12,345,678    99.50     1.2500  0.00%    12,346"
-        "   2.50 GiB GPU  1:02:05",
-        "a       AdaptiveSoftmax      33,278  12,345,678   160.12     1.5000  2.56%    12,346"
-        "  1.25 GiB host  0:10:05",
+        "run     head             vocabulary  parameters  val/ppl  bits/byte  <unk>  ms/step"
+        "  tokens/s    peak memory     time",
+        "------  ---------------  ----------  ----------  -------  ---------  -----  -------"
+        "  --------  -------------  -------",
+        "deep/b  FullSoftmax          33,278  12,345,678    99.50     1.2500  0.00%     98.8"
+        "    12,346   2.50 GiB GPU  1:02:05",
+        "a       AdaptiveSoftmax      33,278  12,345,678   160.12     1.5000  2.56%     98.8"
+        "    12,346  1.25 GiB host  0:10:05",
     ]
 
 
@@ -104,11 +109,12 @@ def test_run_without_a_summary_is_read_from_its_metrics(tmp_path: Path) -> None:
     assert (run.label, run.head) == ("going (unfinished) ?", "FullSoftmax")
     assert run.best["val/ppl"] == 200
     assert run.best["val/bits_per_byte"] == math.log2(200) / 5
-    assert (run.tokens_per_s, run.memory, run.time_s) == (2000.0, (1.5, "host"), 180.0)
+    assert (run.step_ms, run.tokens_per_s) == (45.0, 2000.0)
+    assert (run.memory, run.time_s) == ((1.5, "host"), 180.0)
     assert run.curve == [(60.0 * n, p, math.log2(p) / 5) for n, p in ((1, 300), (2, 200), (3, 250))]
     assert (
         " ".join(table([run]).splitlines()[2].split())
-        == "going (unfinished) ? FullSoftmax - - 200.00 1.5288 - 2,000 1.50 GiB host 0:03:00"
+        == "going (unfinished) ? FullSoftmax - - 200.00 1.5288 - 45.0 2,000 1.50 GiB host 0:03:00"
     )
     assert "? vocabulary not known" in table([run])
 
@@ -117,7 +123,7 @@ def test_run_that_has_only_begun(tmp_path: Path) -> None:
     write_metrics(tmp_path / "new", [{"step": 0, "train/loss": 9.0}])
     (run,) = find_runs([tmp_path])
     assert run == Run("new", comparable=None)
-    assert table([run]).splitlines()[2].split()[3:] == ["-"] * 9
+    assert table([run]).splitlines()[2].split()[3:] == ["-"] * 10
 
 
 @pytest.mark.parametrize(
@@ -165,6 +171,7 @@ def test_reads_what_a_run_writes(tmp_path: Path) -> None:
     assert (found.label, found.head) == ("a", "AdaptiveSoftmax")
     assert found.best == written["best"]
     assert found.tokens_per_s == written["perf"]["perf/tokens_per_s"]
+    assert found.step_ms == written["perf"]["perf/step_time_ms"]
     assert found.memory == (written["mem"]["mem/host_rss_gib"], "host")
     assert found.time_s == written["train_time_s"]
     assert len(found.curve) == 3

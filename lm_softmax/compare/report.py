@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("run", "head", "vocabulary", "parameters"),
-    *("val/ppl", "bits/byte", "<unk>", "tokens/s", "peak memory", "time"),
+    *("val/ppl", "bits/byte", "<unk>", "ms/step", "tokens/s", "peak memory", "time"),
 )
 
 
@@ -117,6 +117,7 @@ def _cells(run: Run) -> tuple[str, ...]:
         _show(run.best.get("val/ppl"), "{:.2f}"),
         _show(run.best.get("val/bits_per_byte"), "{:.4f}"),
         _show(run.best.get("val/unk_rate"), "{:.2%}"),
+        _show(run.step_ms, "{:,.1f}"),
         _show(run.tokens_per_s, "{:,.0f}"),
         "-" if run.memory is None else "{:.2f} GiB {}".format(*run.memory),
         "-" if run.time_s is None else str(timedelta(seconds=round(run.time_s))),

@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any
 
 SUMMARY, METRICS, CONFIG = "summary.json", "metrics.csv", "config.yaml"
-TIME = "perf/train_time_s"
+TIME, STEP_TIME = "perf/train_time_s", "perf/step_time_ms"
+SPEED = "perf/tokens_per_s"
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Run:
 
     Attributes:
         status: "finished", "interrupted", "failed", or "unfinished" without a closed summary.
+        step_ms: Median time of an optimizer step.
         memory: GiB and where: "GPU", or "host" where there was no GPU.
         time_s: Seconds of training.
         curve: (seconds of training, val/ppl, val/bits_per_byte) of each validation.
@@ -35,6 +37,7 @@ class Run:
     fingerprint: str | None = None
     num_parameters: int | None = None
     best: dict[str, float] = field(default_factory=dict)
+    step_ms: float | None = None
     tokens_per_s: float | None = None
     memory: tuple[float, str] | None = None
     time_s: float | None = None
@@ -131,7 +134,8 @@ def _fill_from_summary(run: Run, path: Path) -> None:
         run.fingerprint = summary["vocab_fingerprint"] and str(summary["vocab_fingerprint"])
         run.num_parameters = int(summary["num_parameters"]["total"])
         run.best = _numbers(summary["best"])
-        run.tokens_per_s = _numbers(summary.get("perf", {})).get("perf/tokens_per_s")
+        perf = _numbers(summary.get("perf", {}))
+        run.step_ms, run.tokens_per_s = perf.get(STEP_TIME), perf.get(SPEED)
         run.memory = _peak_memory(_numbers(summary.get("mem", {})))
         run.time_s = float(summary.get("train_time_s", summary["wall_time_s"]))
     except KeyError as error:
@@ -147,8 +151,9 @@ def _fill_from_metrics(run: Run, rows: Sequence[dict[str, float]]) -> None:
             columns.setdefault(column, []).append(value)
     validations = [row for row in rows if not math.isnan(row.get("val/ppl", math.nan))]
     run.best = min(validations, key=lambda row: row["val/ppl"], default={})
-    if speeds := columns.get("perf/tokens_per_s"):
-        run.tokens_per_s = median(speeds)
+    run.step_ms, run.tokens_per_s = (
+        median(columns[name]) if name in columns else None for name in (STEP_TIME, SPEED)
+    )
     run.memory = _peak_memory({name: max(values) for name, values in columns.items()})
     run.time_s = max(columns.get(TIME, []), default=None)
 

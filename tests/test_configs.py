@@ -36,8 +36,17 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_there_are_configurations():
-    assert [path.stem for path in EXPERIMENTS] == ["quickstart", "wikitext2"]
-    assert [path.stem for path in OVERLAYS] == ["adaptive", "full"]
+    assert [path.stem for path in EXPERIMENTS] == ["quickstart", "sparse", "wikitext2"]
+    assert [path.stem for path in OVERLAYS] == [
+        "adaptive",
+        "full",
+        "hierarchical",
+        "low_rank",
+        "mixture",
+        "nce",
+        "product_quantized",
+        "sampled_softmax",
+    ]
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)

@@ -6,16 +6,36 @@ import inspect
 import pytest
 
 PUBLIC = {
-    "lm_softmax.heads": ["AdaptiveSoftmax", "FullSoftmax", "OutputHead", "TopK"],
+    "lm_softmax.heads": [
+        "AdaptiveSoftmax",
+        "FullSoftmax",
+        "HierarchicalSoftmax",
+        "LowRankSoftmax",
+        "MixtureOfSoftmaxes",
+        "NCE",
+        "OutputHead",
+        "ProductQuantizedSoftmax",
+        "SampledSoftmax",
+        "TopK",
+    ],
     "lm_softmax.kernels": [
         "Clusters",
+        "Mixture",
         "Objective",
+        "ProductCode",
+        "Streamed",
         "Tail",
         "accumulation_dtype",
         "autocast_off",
         "cluster_loss",
         "cluster_nll",
+        "code_logits",
+        "code_rows",
+        "mixture_loss",
+        "mixture_nll",
         "product_dtype",
+        "streamed_loss",
+        "streamed_nll",
         "warm_up",
     ],
     "lm_softmax.encoders": [

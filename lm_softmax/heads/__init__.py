@@ -3,5 +3,22 @@
 from lm_softmax.heads.adaptive import AdaptiveSoftmax
 from lm_softmax.heads.base import OutputHead, TopK
 from lm_softmax.heads.full import FullSoftmax
+from lm_softmax.heads.hierarchical import HierarchicalSoftmax
+from lm_softmax.heads.low_rank import LowRankSoftmax
+from lm_softmax.heads.mixture import MixtureOfSoftmaxes
+from lm_softmax.heads.nce import NCE
+from lm_softmax.heads.product_quantized import ProductQuantizedSoftmax
+from lm_softmax.heads.sampled import SampledSoftmax
 
-__all__ = ["AdaptiveSoftmax", "FullSoftmax", "OutputHead", "TopK"]
+__all__ = [
+    "NCE",
+    "AdaptiveSoftmax",
+    "FullSoftmax",
+    "HierarchicalSoftmax",
+    "LowRankSoftmax",
+    "MixtureOfSoftmaxes",
+    "OutputHead",
+    "ProductQuantizedSoftmax",
+    "SampledSoftmax",
+    "TopK",
+]

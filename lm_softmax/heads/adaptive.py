@@ -123,8 +123,8 @@ class AdaptiveSoftmax(ClusteredHead):
             [self.weight.shape[0] + i for i in range(len(tails))], -1
         )
         parts = [short_list]
-        for tail, mass in zip(tails, masses, strict=True):
-            projected = project(rows, tail.projection)
+        for tail, projection, mass in zip(tails, self.projections, masses, strict=True):
+            projected = project(rows, projection)
             parts.append(mass + dense_log_probs(projected, tail.weight, tail.bias, softcap))
         return torch.cat(parts, -1)
 

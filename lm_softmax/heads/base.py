@@ -185,6 +185,10 @@ class OutputHead(nn.Module, ABC):
     def after_optimizer_step(self) -> None:
         """Update what is learned without gradients; `LanguageModel` calls it, so does your loop."""
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradients are sparse tensors: all of a head with `sparse`, else none."""
+        return list(self.parameters()) if getattr(self, "sparse", False) else []
+
     def structure(self) -> dict[str, Any]:
         """Keyword arguments that pin what was derived from data; a checkpoint keeps them."""
         return {}

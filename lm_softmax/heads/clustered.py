@@ -6,7 +6,7 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_softmax.heads.base import OutputHead, Reduction
 from lm_softmax.kernels import (
@@ -44,14 +44,7 @@ class ClusteredHead(OutputHead):
         ignore_index: int,
     ) -> None:
         super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
-        softcap = objective.softcap
-        if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-            raise ValueError(f"softcap must be above 0 and finite, got {softcap}")
-        if not 0 <= objective.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {objective.label_smoothing}")
-        if not (objective.z_loss >= 0 and math.isfinite(objective.z_loss)):
-            raise ValueError(f"z_loss must be at least 0 and finite, got {objective.z_loss}")
-        self.objective = objective
+        self.objective = check_objective(objective)
 
     @abstractmethod
     def clusters(self) -> Clusters:
@@ -102,6 +95,27 @@ class ClusteredHead(OutputHead):
             return (cluster_nll(*arguments) + poison).view(target.shape)
         total = cluster_loss(*arguments) + poison
         return total if reduction == "sum" else total / self._num_targets(target)
+
+
+def check_objective(objective: Objective) -> Objective:
+    """The objective itself; ValueError if one of its options is out of range."""
+    softcap, label_smoothing, z_loss = objective
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be above 0 and finite, got {softcap}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not (z_loss >= 0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    return objective
+
+
+def tied_weight(embedding: nn.Module, shape: tuple[int, int], name: str, axes: str) -> nn.Parameter:
+    """The weight of an embedding to tie to; ValueError if it is not of this shape."""
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.shape != shape:
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(embedding).__name__
+        raise ValueError(f"{name} ties to an embedding of {axes} {shape}, got {got}")
+    return weight
 
 
 def dense_log_probs(

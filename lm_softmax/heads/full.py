@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from lm_softmax.heads.clustered import ClusteredHead, dense_log_probs, log_frequencies
+from lm_softmax.heads.clustered import (
+    ClusteredHead,
+    dense_log_probs,
+    log_frequencies,
+    tied_weight,
+)
 from lm_softmax.kernels import Clusters, Objective
 
 
@@ -65,11 +70,5 @@ class FullSoftmax(ClusteredHead):
         Raises:
             ValueError: If `embedding` has no weight of `(vocab_size, hidden_size)`.
         """
-        weight = getattr(embedding, "weight", None)
         shape = (self.vocab_size, self.hidden_size)
-        if not isinstance(weight, nn.Parameter) or weight.shape != shape:
-            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(embedding).__name__
-            raise ValueError(
-                f"FullSoftmax ties to an embedding of (vocab_size, hidden_size) {shape}, got {got}"
-            )
-        self.weight = weight
+        self.weight = tied_weight(embedding, shape, "FullSoftmax", "(vocab_size, hidden_size)")

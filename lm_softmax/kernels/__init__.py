@@ -1,19 +1,32 @@
 """Tensors in, tensors out: the passes that the heads are made of. Torch only, no modules."""
 
 from lm_softmax.kernels.clusters import Clusters, Tail
+from lm_softmax.kernels.codes import ProductCode, code_logits, code_rows
 from lm_softmax.kernels.dense import Objective, accumulation_dtype, autocast_off, product_dtype
+from lm_softmax.kernels.mixture import Mixture
+from lm_softmax.kernels.mixture_operations import mixture_loss, mixture_nll
 from lm_softmax.kernels.operations import cluster_loss, cluster_nll
 from lm_softmax.kernels.startup import warm_up
+from lm_softmax.kernels.streamed import Streamed, streamed_loss, streamed_nll
 
 __all__ = [
     "Clusters",
+    "Mixture",
     "Objective",
+    "ProductCode",
+    "Streamed",
     "Tail",
     "accumulation_dtype",
     "autocast_off",
     "cluster_loss",
     "cluster_nll",
+    "code_logits",
+    "code_rows",
+    "mixture_loss",
+    "mixture_nll",
     "product_dtype",
+    "streamed_loss",
+    "streamed_nll",
     "warm_up",
 ]
 

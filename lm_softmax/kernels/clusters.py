@@ -24,7 +24,7 @@ from lm_softmax.kernels.dense import (
 class Tail(NamedTuple):
     """Words `[start, start + n)`: logits are `weight @ (projection @ hidden) + bias`."""
 
-    projection: Tensor  # (tail width, width)
+    projection: Tensor | None  # (tail width, width); None is the identity, in all tails
     weight: Tensor  # (n, tail width)
     bias: Tensor | None  # (n,)
 
@@ -49,14 +49,14 @@ class Clusters(NamedTuple):
         weight = rest.pop(0)
         cluster_weight = rest.pop(0) if len(tensors) > 2 else None
         bias = rest.pop(0) if has_bias else None
-        size = 3 if has_bias else 2
-        tails = [rest[start : start + size] for start in range(0, len(rest), size)]
-        return cls(
-            weight,
-            cluster_weight,
-            bias,
-            [Tail(tail[0], tail[1], tail[2] if has_bias else None) for tail in tails],
-        )
+        size = len(rest) // cluster_weight.shape[0] if cluster_weight is not None else 1
+        projected = size == 2 + has_bias
+        tails: list[Tail] = []
+        for start in range(0, len(rest), size):
+            projection = rest[start] if projected else None
+            of_words = rest[start + projected : start + size]
+            tails.append(Tail(projection, of_words[0], of_words[1] if has_bias else None))
+        return cls(weight, cluster_weight, bias, tails)
 
     def head_matrix(self) -> Matrix:
         """The softmax over the short-list and the cluster words."""
@@ -79,9 +79,7 @@ def _sort(hidden: Tensor, target: Tensor, clusters: Clusters, ignored: Tensor) -
     """Order of the tokens that count, by one sort and one host synchronisation."""
     sizes = [clusters.weight.shape[0], *(tail.weight.shape[0] for tail in clusters.tails)]
     *starts, _ = accumulate(sizes)
-    cluster = torch.zeros_like(target)
-    for start in starts:
-        cluster += target >= start
+    cluster = torch.bucketize(target, torch.tensor(starts, device=target.device), right=True)
     cluster, tokens = cluster.masked_fill(ignored, len(sizes)).sort(stable=True)
     borders = torch.arange(1, len(sizes) + 1, device=target.device)
     ends = torch.searchsorted(cluster, borders).tolist()
@@ -157,9 +155,9 @@ def _sorted_losses(
     )
     for tail, part, target in zip(clusters.tails, order.slices, order.tail_targets, strict=True):
         inputs = order.hidden[part]
-        projected = inputs.to(dtype) @ tail.projection.to(dtype).t()
+        projected = _projected(inputs, tail.projection, dtype)
         matrix = Matrix([tail.weight], tail.bias)
-        of_projection = next(slots, None)
+        of_projection = None if tail.projection is None else next(slots, None)
         of_projected, gradients = None, None
         if of_projection is not None or sorted_hidden is not None:
             of_projected = losses.new_empty(projected.shape)
@@ -177,7 +175,16 @@ def _sorted_losses(
         if of_projected is not None and of_projection is not None:
             torch.mm(of_projected.t(), inputs.to(losses.dtype), out=of_projection)
         if of_projected is not None and sorted_hidden is not None:
-            sorted_hidden[part].addmm_(of_projected, tail.projection.to(losses.dtype))
+            if tail.projection is None:
+                sorted_hidden[part] += of_projected
+            else:
+                sorted_hidden[part].addmm_(of_projected, tail.projection.to(losses.dtype))
     if of_hidden is not None and sorted_hidden is not None:
         of_hidden.zero_().index_copy_(0, order.tokens, sorted_hidden)
     return losses
+
+
+def _projected(inputs: Tensor, projection: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if projection is None:
+        return inputs.to(dtype)
+    return inputs.to(dtype) @ projection.to(dtype).t()

@@ -6,6 +6,7 @@ again in backward. One operation per cluster, sliced by counts that depend on th
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,8 +126,26 @@ def _loss_and_gradients(
     return [losses.sum(), *(losses.new_empty(0) if b is None else b for b in buffers)]
 
 
-@_token_losses.register_fake
-def _(
+def register_derivatives(token_losses: Any, loss_and_gradients: Any) -> None:
+    """Make two operations traceable, and each differentiable by means of the second.
+
+    Args:
+        token_losses: `(hidden, target, parameters, has_bias, dtype, ...)` to the loss of each
+            target.
+        loss_and_gradients: `(hidden, target, scale, parameters, needs, has_bias, dtype, ...)` to
+            the summed loss and the gradients of `sum(scale * loss)`, as `_loss_and_gradients`.
+    """
+    token_losses.register_fake(_fake_token_losses)
+    loss_and_gradients.register_fake(_fake_loss_and_gradients)
+    token_losses.register_autograd(
+        partial(_backward_token_losses, loss_and_gradients), setup_context=_save_token_losses
+    )
+    loss_and_gradients.register_autograd(
+        partial(_backward_gradients, loss_and_gradients), setup_context=_save_gradients
+    )
+
+
+def _fake_token_losses(
     hidden: Tensor,
     target: Tensor,
     parameters: Any,
@@ -137,8 +156,7 @@ def _(
     return hidden.new_empty(target.shape, dtype=accumulation_dtype(dtype))
 
 
-@_loss_and_gradients.register_fake
-def _(
+def _fake_loss_and_gradients(
     hidden: Tensor,
     target: Tensor,
     scale: Any,
@@ -170,11 +188,11 @@ def _save_token_losses(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.options = options
 
 
-def _backward_token_losses(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+def _backward_token_losses(loss_and_gradients: Any, ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     _refuse_double_backward()
     hidden, target, *parameters = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
-    _, *found = _loss_and_gradients(hidden, target, gradient, parameters, needs, *ctx.options)
+    _, *found = loss_and_gradients(hidden, target, gradient, parameters, needs, *ctx.options)
     of_hidden, *of_parameters = (
         grad.to(tensor.dtype) if need else None
         for grad, tensor, need in zip(found, (hidden, *parameters), needs, strict=True)
@@ -191,7 +209,9 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     ctx.made = output[1:]
 
 
-def _backward_gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+def _backward_gradients(
+    loss_and_gradients: Any, ctx: Any, gradients: list[Tensor | None]
+) -> tuple[Any, ...]:
     _refuse_double_backward()
     needs, *options = ctx.options
     factor = gradients[0]
@@ -200,7 +220,7 @@ def _backward_gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, 
     hidden, target, *parameters = ctx.saved_tensors
     made, ctx.made = ctx.made, None  # scaled in place and handed out, by the first backward
     if made is None:
-        made = _loss_and_gradients(hidden, target, None, parameters, needs, *options)[1:]
+        made = loss_and_gradients(hidden, target, None, parameters, needs, *options)[1:]
     of_hidden, *of_parameters = (
         gradient.mul_(factor).to(tensor.dtype) if need else None
         for gradient, tensor, need in zip(made, (hidden, *parameters), needs, strict=True)
@@ -208,5 +228,4 @@ def _backward_gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, 
     return of_hidden, None, None, of_parameters, *[None] * len(ctx.options)
 
 
-_token_losses.register_autograd(_backward_token_losses, setup_context=_save_token_losses)
-_loss_and_gradients.register_autograd(_backward_gradients, setup_context=_save_gradients)
+register_derivatives(_token_losses, _loss_and_gradients)

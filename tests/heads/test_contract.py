@@ -281,7 +281,7 @@ class TestPrecision:
     @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("mode", ["autocast", "hidden", "module"])
     def test_low_precision_is_no_worse_than_the_naive_code(self, case, low, mode):
-        head, hidden, target = problem(case, (64, 203, (90,)))
+        head, hidden, target = problem(case, (64, 203, (900,)))
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.mul_(parameter.shape[-1] ** -0.5)

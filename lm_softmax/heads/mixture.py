@@ -1,0 +1,175 @@
+"""Mixture of softmaxes: several experts over the same output rows."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lm_softmax.heads.base import OutputHead, Reduction
+from lm_softmax.heads.clustered import (
+    check_objective,
+    dense_log_probs,
+    log_frequencies,
+    tied_weight,
+)
+from lm_softmax.kernels import (
+    Mixture,
+    Objective,
+    accumulation_dtype,
+    autocast_off,
+    mixture_loss,
+    mixture_nll,
+    product_dtype,
+)
+
+
+class MixtureOfSoftmaxes(OutputHead):
+    """Weighted mean of the softmaxes of several experts, whose log is not of low rank.
+
+    With `inputs = torch.tanh(F.linear(hidden, projection, projection_bias))`, cut into
+    `num_experts` vectors of `expert_size`, and `log_prior = F.log_softmax(F.linear(hidden, prior))`
+    it equals, in shapes that broadcast,
+
+        of_experts = F.log_softmax(F.linear(inputs, weight, bias), -1)
+        torch.logsumexp(log_prior + of_experts, dim)  # over the experts
+
+    The log-probabilities of a single softmax, word by context, are a matrix of rank
+    `hidden_size + 2` at most; those of a mixture are not. A training step costs `num_experts` times
+    that of a full softmax, its memory no more than one.
+
+    Source: Yang et al. 2018, "Breaking the softmax bottleneck: a high-rank RNN language model",
+    equation (5) and section 3; they mix probabilities, here they are mixed in log space.
+
+    Args:
+        hidden_size: Width of `hidden`.
+        vocab_size: Number of words.
+        counts: Training-set frequencies; the bias starts at their log-probabilities.
+        num_experts: Number of softmaxes; Yang et al. use 15.
+        expert_size: Width of an expert's vector and of a word's row; None is `hidden_size`.
+        bias: Whether each word has a bias.
+        softcap: Logits of each expert become `softcap * tanh(logits / softcap)`, in `log_prob` as
+            well.
+        label_smoothing: Share of the target's probability spread over all words of the mixture, as
+            in `F.cross_entropy` (Szegedy et al. 2016, section 7); in the loss only.
+        ignore_index: Target of positions that count for nothing.
+
+    Raises:
+        ValueError: If a number is below 1 or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        counts: Tensor | None = None,
+        *,
+        num_experts: int = 4,
+        expert_size: int | None = None,
+        bias: bool = True,
+        softcap: float | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
+        self.objective = check_objective(Objective(softcap, label_smoothing))
+        if expert_size is None:
+            expert_size = hidden_size
+        if not all(isinstance(size, int) and size >= 1 for size in (num_experts, expert_size)):
+            raise ValueError(
+                f"num_experts and expert_size must be whole numbers of at least 1,"
+                f" got {num_experts} and {expert_size}"
+            )
+        self.num_experts = num_experts
+        self.expert_size = expert_size
+        self.projection = nn.Parameter(torch.empty(num_experts * expert_size, hidden_size))
+        self.projection_bias = nn.Parameter(torch.zeros(num_experts * expert_size))
+        self.prior = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.weight = nn.Parameter(torch.empty(vocab_size, expert_size))
+        for matrix in (self.projection, self.prior, self.weight):
+            nn.init.uniform_(matrix, -(matrix.shape[1] ** -0.5), matrix.shape[1] ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        if self.bias is not None and counts is not None:
+            self.bias.data.copy_(log_frequencies(counts))
+
+    @property
+    def loss_is_nll(self) -> bool:
+        """False under label smoothing."""
+        return not self.objective.label_smoothing
+
+    def log_prob(
+        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
+    ) -> Tensor:
+        """See `OutputHead.log_prob`; with `target` no `(N, vocab_size)` is ever held.
+
+        Without, one expert is added at a time; only for a backward pass are all of them kept.
+        """
+        if target is None:
+            log_probs = self._all_log_probs(self._flatten(hidden))
+            return log_probs.view(*hidden.shape[:-1], self.vocab_size)
+        rows, flat, poison = self._flatten_with_target(hidden, target)
+        inputs, mixture = self._experts(rows, flat)
+        objective = Objective(self.objective.softcap)
+        nll = mixture_nll(inputs, flat, mixture, objective, self.ignore_index)
+        return -(nll + poison).view(target.shape)
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "*batch hidden"],
+        target: Int[Tensor, "*batch"],
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """See `OutputHead.loss`; gradients of a mean or a sum are made in the forward pass."""
+        self._check_reduction(reduction)
+        rows, flat, poison = self._flatten_with_target(hidden, target)
+        inputs, mixture = self._experts(rows, flat)
+        arguments = (inputs, flat, mixture, self.objective, self.ignore_index)
+        if reduction == "none":
+            return (mixture_nll(*arguments) + poison).view(target.shape)
+        total = mixture_loss(*arguments) + poison
+        return total if reduction == "sum" else total / self._num_targets(target)
+
+    def _experts(self, rows: Tensor, target: Tensor | None = None) -> tuple[Tensor, Mixture]:
+        """What each expert multiplies the output rows with, `(N, K, expert_size)`, and the rest."""
+        if target is not None:  # 0 * nan is nan, in the gradients of the matrices here
+            rows = rows.masked_fill((target == self.ignore_index).unsqueeze(1), 0)
+        dtype = product_dtype(rows, self.projection)
+        with autocast_off(rows):
+            rows = rows.to(dtype)
+            bias = self.projection_bias.to(dtype)
+            inputs = torch.tanh(F.linear(rows, self.projection.to(dtype), bias))
+            prior = F.linear(rows, self.prior.to(dtype)).to(accumulation_dtype(dtype))
+            log_prior = torch.log_softmax(prior, -1)
+        shape = (rows.shape[0], self.num_experts, self.expert_size)
+        return inputs.view(shape), Mixture(log_prior, self.weight, self.bias)
+
+    def _all_log_probs(self, rows: Tensor) -> Tensor:
+        inputs, (log_prior, weight, bias) = self._experts(rows)
+        mixed = None
+        for part, prior in zip(inputs.unbind(1), torch.split(log_prior, 1, 1), strict=True):
+            of_expert = prior + dense_log_probs(part, weight, bias, self.objective.softcap)
+            mixed = of_expert if mixed is None else torch.logaddexp(mixed, of_expert)
+        assert mixed is not None
+        return mixed
+
+    def tie_weight(self, embedding: nn.Module) -> None:
+        """Share the output rows with an embedding that is `expert_size` wide.
+
+        Raises:
+            ValueError: If `embedding` has no weight of `(vocab_size, expert_size)`.
+        """
+        shape = (self.vocab_size, self.expert_size)
+        self.weight = tied_weight(
+            embedding, shape, "MixtureOfSoftmaxes", "(vocab_size, expert_size)"
+        )
+
+    def structure(self) -> dict[str, Any]:
+        """The width of the experts."""
+        return {"expert_size": self.expert_size}
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(head)`."""
+        sizes = f"num_experts={self.num_experts}, expert_size={self.expert_size}"
+        return f"{super().extra_repr()}, {sizes}"

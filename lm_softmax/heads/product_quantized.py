@@ -1,0 +1,324 @@
+"""The full softmax with output rows made of shared centroids."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lm_softmax.heads.base import OutputHead, Reduction
+from lm_softmax.heads.clustered import ClusteredHead, check_objective, log_frequencies, project
+from lm_softmax.heads.quantize import kmeans, truncated_svd
+from lm_softmax.heads.quantized_matrix import (
+    QuantizedMatrix,
+    checked_codebooks,
+    checked_rank,
+)
+from lm_softmax.kernels import (
+    Objective,
+    Streamed,
+    autocast_off,
+    code_logits,
+    product_dtype,
+    streamed_loss,
+    streamed_nll,
+)
+
+
+class MemoryBytes(NamedTuple):
+    """What a head holds, and what the full softmax of its sizes would."""
+
+    head: int  # parameters, the latent ones too, and codes
+    dense: int  # output matrix and bias, in the same dtype
+
+
+class ProductQuantizedSoftmax(OutputHead):
+    """Exact softmax over output rows that are concatenations of shared centroids.
+
+    Row w is `cat([centroids[m, codes[w, m]] for m in range(num_codebooks)])`, so a word costs
+    `num_codebooks` small integers. Equals `F.log_softmax(F.linear(hidden, rows, bias), -1)`; the
+    matrix `rows` is never rebuilt as a whole. With `rank` the output matrix is a product of
+    matrices, hidden to `rank[0]` to ... to words, and each of them is such a code.
+
+    Codes are learned on the way by default: a latent dense matrix receives the gradient of the
+    rows, straight through the choice of centroids, which receive its sum; every `reassign_every`
+    optimizer steps `after_optimizer_step` gives each part of a latent row the nearest centroid, and
+    a centroid that nothing uses the part that is approximated worst. `export` drops the latent
+    matrix. `from_full` codes the rows of a trained head instead. Either way back-propagation trains
+    the centroids.
+
+    Sources: Jegou et al. 2011, "Product quantization for nearest neighbor search", section II.B;
+    van den Oord et al. 2017, "Neural discrete representation learning", section 3.2, for the
+    straight-through gradient. Their term that ties latent rows to centroids, and centroids that
+    follow the means of their members (appendix A.1), are left out: both raised perplexity in
+    trials, centroids that learn by gradient alone came closest to the full softmax.
+
+    Args:
+        hidden_size: Width of `hidden`.
+        vocab_size: Number of words.
+        counts: Training-set frequencies; the bias starts at their log-probabilities.
+        num_codebooks: Parts of a row, a divisor of its width; with `rank`, of the width of every
+            matrix, or one number a matrix. None makes parts of 8 numbers, or of 4, 2 or 1 where 8
+            does not divide the width.
+        codebook_size: Centroids a codebook; up to 256 make codes of one byte. A matrix of fewer
+            rows has one a row, and is exact.
+        rank: Width of a word's row, or the widths from `hidden` on; None is `hidden_size`.
+        learn_codes: Whether training changes the codes; else they stay random or as loaded.
+        reassign_every: Optimizer steps from one choice of codes to the next.
+        bias: Whether each word has a bias.
+        softcap: Logits become `softcap * tanh(logits / softcap)`, in `log_prob` as well.
+        label_smoothing: Share of the target's probability spread over all words, as in
+            `F.cross_entropy` (Szegedy et al. 2016, section 7); in the loss only.
+        z_loss: Weight of `logsumexp(logits) ** 2` added to the loss (Chowdhery et al. 2022,
+            section 5, use 1e-4); in the loss only.
+        ignore_index: Target of positions that count for nothing.
+
+    Raises:
+        ValueError: If codebooks do not divide a width or an option is out of range.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        counts: Tensor | None = None,
+        *,
+        num_codebooks: int | Sequence[int] | None = None,
+        codebook_size: int = 256,
+        rank: int | Sequence[int] | None = None,
+        learn_codes: bool = True,
+        reassign_every: int = 10,
+        bias: bool = True,
+        softcap: float | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
+        self.objective = check_objective(Objective(softcap, label_smoothing, z_loss))
+        for name, number in (("codebook_size", codebook_size), ("reassign_every", reassign_every)):
+            if not (isinstance(number, int) and number >= 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {number}")
+        self.rank = checked_rank(rank, hidden_size)
+        widths = [hidden_size, *self.rank]
+        self.num_codebooks = checked_codebooks(num_codebooks, widths)
+        self.codebook_size = codebook_size
+        self.learn_codes = learn_codes
+        self.reassign_every = reassign_every
+        factors: list[QuantizedMatrix] = []
+        for num, (width, num_rows) in zip(
+            self.num_codebooks, pairwise([*widths, vocab_size]), strict=True
+        ):
+            inner = len(factors) < len(self.rank)  # which keeps the variance of its input
+            factor = QuantizedMatrix(
+                num_rows,
+                width,
+                num_codebooks=num,
+                codebook_size=codebook_size,
+                learn_codes=learn_codes,
+                bound=(3 / width if inner else 1 / width) ** 0.5,
+            )
+            factors.append(factor)
+        self.factors = nn.ModuleList(factors)
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        if self.bias is not None and counts is not None:
+            self.bias.data.copy_(log_frequencies(counts))
+        self._steps_done: int | None = None  # the buffer's value, read once
+        if learn_codes:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def output(self) -> QuantizedMatrix:
+        """The last factor: a row a word."""
+        output = self.factors[-1]
+        assert isinstance(output, QuantizedMatrix)
+        return output
+
+    @property
+    def loss_is_nll(self) -> bool:
+        """False under label smoothing or z-loss."""
+        return not self.objective.label_smoothing and not self.objective.z_loss
+
+    def log_prob(
+        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
+    ) -> Tensor:
+        """See `OutputHead.log_prob`; with `target` no `(N, vocab_size)` is ever held."""
+        if target is None:
+            log_probs = self._all_log_probs(self._inputs(self._flatten(hidden)))
+            return log_probs.view(*hidden.shape[:-1], self.vocab_size)
+        rows, flat, poison = self._flatten_with_target(hidden, target)
+        inputs = self._inputs(rows, flat)
+        objective = Objective(self.objective.softcap)
+        nll = streamed_nll(inputs, flat, self._streamed(), objective, self.ignore_index)
+        return -(nll + poison).view(target.shape)
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "*batch hidden"],
+        target: Int[Tensor, "*batch"],
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """See `OutputHead.loss`; gradients of a mean or a sum are made in the forward pass."""
+        self._check_reduction(reduction)
+        rows, flat, poison = self._flatten_with_target(hidden, target)
+        inputs = self._inputs(rows, flat)
+        arguments = inputs, flat, self._streamed(), self.objective, self.ignore_index
+        if reduction == "none":
+            return (streamed_nll(*arguments) + poison).view(target.shape)
+        total = streamed_loss(*arguments) + poison
+        return total if reduction == "sum" else total / self._num_targets(target)
+
+    def _streamed(self) -> Streamed:
+        """The parameters as the kernel takes them."""
+        return Streamed(self.output.code, self.bias, self.output.latent)
+
+    def _inputs(self, rows: Tensor, target: Tensor | None = None) -> Tensor:
+        """What the words' rows are multiplied with; with `target`, ignored rows may be nan."""
+        if self.rank and target is not None:  # 0 * nan is nan, in the gradients of the factors
+            rows = rows.masked_fill((target == self.ignore_index).unsqueeze(1), 0)
+        for factor in self.factors[:-1]:
+            assert isinstance(factor, QuantizedMatrix)
+            rows = project(rows, factor.rows())
+        return rows
+
+    def _all_log_probs(self, inputs: Tensor) -> Tensor:
+        dtype = product_dtype(inputs, self.output.centroids)  # which autocast decides
+        with autocast_off(inputs):
+            logits = code_logits(inputs, self.output.code, self.output.latent, dtype)
+            if self.bias is not None:
+                logits = logits + self.bias
+            if self.objective.softcap is not None:
+                logits = self.objective.softcap * torch.tanh(logits / self.objective.softcap)
+            return torch.log_softmax(logits, -1)
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        """Choose the codes anew, every `reassign_every` calls; from the parameters alone."""
+        if not self.learn_codes:
+            return
+        if self._steps_done is None:
+            self._steps_done = int(self.steps)
+        self._steps_done += 1
+        self.steps += 1
+        if self._steps_done % self.reassign_every == 0:
+            for factor in self.factors:
+                assert isinstance(factor, QuantizedMatrix)
+                factor.reassign()
+
+    def export(self) -> "ProductQuantizedSoftmax":
+        """The same head without latent matrices: log-probabilities are equal to the last bit."""
+        made = self._like(self, self.rank, self.num_codebooks, self.codebook_size)
+        kept = made.state_dict().keys()
+        made.load_state_dict({k: v for k, v in self.state_dict().items() if k in kept})
+        return made.train(self.training)
+
+    @classmethod
+    @torch.no_grad()
+    def from_full(
+        cls,
+        head: ClusteredHead,
+        *,
+        num_codebooks: int | Sequence[int] | None = None,
+        codebook_size: int = 256,
+        rank: int | Sequence[int] | None = None,
+        iterations: int = 20,
+        seed: int = 0,
+    ) -> "ProductQuantizedSoftmax":
+        """A trained head with its output rows coded by k-means; bias and options are copied.
+
+        With `rank` its matrix is first factored by truncated singular value decompositions, and
+        dimensions are ordered so that each sub-space of the words' rows holds as much variance as
+        the others (Ge et al. 2013, "Optimized product quantization", section 3.2). Codes are then
+        fixed; back-propagation trains the centroids.
+
+        Args:
+            head: A head with one row a word over `hidden` itself.
+            num_codebooks: As in the constructor.
+            codebook_size: As in the constructor.
+            rank: As in the constructor.
+            iterations: Steps of k-means at most.
+            seed: Decides what k-means draws.
+
+        Raises:
+            ValueError: If `head` has tail clusters or other inputs, or an option is out of range.
+        """
+        rows, bias = _rows_of(head)
+        made = cls._like(head, rank, num_codebooks, codebook_size)
+        matrices = truncated_svd(rows, made.rank, made.num_codebooks)
+        for factor, matrix in zip(made.factors, matrices, strict=True):
+            assert isinstance(factor, QuantizedMatrix)
+            num, size, _ = factor.centroids.shape
+            centroids, codes = kmeans(matrix, num, size, iterations=iterations, seed=seed)
+            factor.centroids.copy_(centroids)
+            factor.codes.copy_(codes)
+        if made.bias is not None and bias is not None:
+            made.bias.copy_(bias)
+        return made
+
+    @classmethod
+    def _like(
+        cls,
+        head: "ClusteredHead | ProductQuantizedSoftmax",
+        rank: int | Sequence[int] | None,
+        num_codebooks: int | Sequence[int] | None,
+        codebook_size: int,
+    ) -> "ProductQuantizedSoftmax":
+        """A head of fixed codes with the sizes, objective, dtype and device of another one."""
+        like = next(head.parameters())
+        return cls(
+            head.hidden_size,
+            head.vocab_size,
+            num_codebooks=num_codebooks,
+            codebook_size=codebook_size,
+            rank=rank,
+            learn_codes=False,
+            bias=head.bias is not None,
+            softcap=head.objective.softcap,
+            label_smoothing=head.objective.label_smoothing,
+            z_loss=head.objective.z_loss,
+            ignore_index=head.ignore_index,
+        ).to(device=like.device, dtype=like.dtype)
+
+    def memory_bytes(self) -> MemoryBytes:
+        """Bytes of parameters and codes, and of a full softmax of the same sizes."""
+        held = [*self.parameters(), *self.buffers()]
+        itemsize = self.output.centroids.itemsize
+        dense = self.vocab_size * (self.hidden_size + (self.bias is not None)) * itemsize
+        return MemoryBytes(sum(t.numel() * t.itemsize for t in held), dense)
+
+    def structure(self) -> dict[str, Any]:
+        """Sizes of the codes, the widths, and whether codes are learned."""
+        return {
+            "num_codebooks": list(self.num_codebooks),
+            "codebook_size": self.codebook_size,
+            "rank": list(self.rank) or None,
+            "learn_codes": self.learn_codes,
+        }
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(head)`."""
+        sizes = ", ".join(f"{name}={value}" for name, value in self.structure().items())
+        return f"{super().extra_repr()}, {sizes}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._steps_done = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _rows_of(head: ClusteredHead) -> tuple[Tensor, Tensor | None]:
+    """Output rows and bias of a head with one row a word over `hidden` itself."""
+    if not isinstance(head, ClusteredHead):
+        raise ValueError(f"from_full takes a full softmax, got {type(head).__name__}")
+    clusters = head.clusters()
+    if clusters.tails or type(head)._inputs is not ClusteredHead._inputs:
+        kind = f"{len(clusters.tails)} tail clusters" if clusters.tails else "inputs of its own"
+        raise ValueError(
+            f"from_full takes a head with one row of hidden_size={head.hidden_size} a word,"
+            f" got {type(head).__name__} with {kind}"
+        )
+    return clusters.weight, clusters.bias

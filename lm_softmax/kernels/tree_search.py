@@ -1,0 +1,118 @@
+"""The most probable words of a binary tree by branch and bound.
+
+The log-probability of a node bounds those of all words below it. A beam of the k best nodes on each
+level leads to k words; the k-th best of them is a bound that the k best words reach. Then the nodes
+that reach it are opened level by level, as one flat list of (row, node) pairs.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_softmax.kernels.paths import row_products
+
+MOST = 16  # a row that would open more than this part of all nodes is ranked as a whole sooner
+
+
+class _Opener(NamedTuple):
+    """What it takes to open nodes: their two children and these children's log-probabilities."""
+
+    rows: Tensor  # (N, width)
+    weight: Tensor  # (V - 1, width)
+    bias: Tensor | None
+    children: Tensor  # (V - 1, 2)
+
+    def __call__(self, row: Tensor, node: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Children and their log-probabilities, `(M, 2)` each; `row` must not fall."""
+        logit = row_products(self.rows, self.weight, row, node)
+        if self.bias is not None:
+            logit = logit + self.bias[node]
+        sides = torch.stack([F.logsigmoid(logit), F.logsigmoid(-logit)], 1)
+        return self.children[node], value.unsqueeze(1) + sides
+
+
+def tree_topk(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, children: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `k` words of highest log-probability of each row, equal ones by lower id.
+
+    Args:
+        rows: `(N, width)`.
+        weight: `(V - 1, width)`, one row an inner node, the root first.
+        bias: `(V - 1,)`, or None.
+        children: `(V - 1, 2)`: an entry below V is a word, V + i inner node i.
+        k: Number of words.
+
+    Returns:
+        Log-probabilities `(N, k)` and ids `(N, k)`; which rows `(N,)` were given up, since they
+        would open too many nodes or hold nan; how many nodes each row opened `(N,)`.
+    """
+    num, num_nodes = rows.shape[0], weight.shape[0]
+    limit = max(num_nodes // MOST, 1)
+    opener = _Opener(rows, weight, bias, children)
+    opened = torch.zeros(num, dtype=torch.int64, device=rows.device)
+    values = rows.new_zeros(num, k, dtype=torch.promote_types(rows.dtype, torch.float32))
+    values = values.to(torch.promote_types(values.dtype, weight.dtype))
+    indices = torch.zeros(num, k, dtype=torch.int64, device=rows.device)
+    failed = torch.ones(num, dtype=torch.bool, device=rows.device)
+    if num == 0 or k > limit:
+        return values, indices, failed, opened
+    bound = _beam(opener, k, values.dtype, opened)
+    row, word, value = _reaching(opener, bound, limit, opened)
+    found = row.bincount(minlength=num)
+    failed = (found < k) | (opened > limit)
+    kept = ~failed[row]
+    row, word, value = row[kept], word[kept], value[kept]
+    order = word.argsort()
+    order = order[value[order].argsort(descending=True, stable=True)]
+    order = order[row[order].argsort(stable=True)]
+    count = found.masked_fill(failed, 0)
+    first = (count.cumsum(0) - count)[~failed]
+    best = order[first.unsqueeze(1) + torch.arange(k, device=rows.device)]
+    values[~failed], indices[~failed] = value[best].to(values.dtype), word[best]
+    return values, indices, failed, opened
+
+
+def _beam(opener: _Opener, k: int, dtype: torch.dtype, opened: Tensor) -> Tensor:
+    """A log-probability that at least k words of each row reach, `(N,)`."""
+    num, num_words = opener.rows.shape[0], opener.weight.shape[0] + 1
+    entry = torch.full((num, 1), num_words, device=opener.rows.device)
+    value = torch.zeros(num, 1, dtype=dtype, device=opener.rows.device)
+    while (inner := (entry >= num_words) & (value > -torch.inf)).any():
+        row, column = inner.nonzero().unbind(1)
+        opened += inner.sum(1)
+        below, values = opener(row, entry[row, column] - num_words, value[row, column])
+        pairs = entry.new_zeros(*entry.shape, 2)
+        of_pairs = value.new_full((*entry.shape, 2), -torch.inf)
+        pairs[..., 0] = entry  # words stay
+        of_pairs[..., 0] = value.masked_fill(inner, -torch.inf)
+        pairs[row, column], of_pairs[row, column] = below, values.to(dtype)
+        value, best = of_pairs.flatten(1).topk(min(k, 2 * entry.shape[1]), 1)
+        entry = pairs.flatten(1).gather(1, best)
+    return value[:, -1] if value.shape[1] == k else value.new_full((num,), -torch.inf)
+
+
+def _reaching(
+    opener: _Opener, bound: Tensor, limit: int, opened: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, word and log-probability of all words that reach the bound of their row.
+
+    A row that opens more than `limit` nodes is left where it is.
+    """
+    num_words = opener.weight.shape[0] + 1
+    row = torch.arange(opener.rows.shape[0], device=bound.device)
+    node, value = torch.zeros_like(row), torch.zeros_like(bound)
+    found = []
+    while row.numel():
+        opened += row.bincount(minlength=opened.shape[0])
+        below, values = opener(row, node, value)
+        row = row.unsqueeze(1).expand(-1, 2)
+        reach = (values >= bound[row]) & (opened <= limit)[row]
+        row, below, values = row[reach], below[reach], values[reach]
+        is_word = below < num_words
+        found.append((row[is_word], below[is_word], values[is_word]))
+        row, node, value = row[~is_word], below[~is_word] - num_words, values[~is_word]
+    rows, words, of_words = zip(*found, strict=True)
+    return torch.cat(rows), torch.cat(words), torch.cat(of_words)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lm_softmax import factory
+from lm_softmax import factory, gradients
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 from lm_softmax.metrics import Perplexity
@@ -125,12 +125,19 @@ class LanguageModel(LightningModule):
             checkpoint_path, *args, **kwargs | {"_instantiator": None}
         )
 
+    def setup(self, stage: str) -> None:
+        """Makes sparse gradients known to the strategy, before it wraps the model."""
+        if stage == "fit":
+            gradients.prepare(self, self.trainer.strategy)
+
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule for each step."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         spec = self.hparams["optimizer"]
         optimizer = factory.build(spec, Optimizer, parameters, name="optimizer")
         self._check_scaling(optimizer)
+        gradients.unwrap(self)
+        gradients.check_optimizer(optimizer, gradients.sparse_parameters(self))
         if (spec := self.hparams["lr_scheduler"]) is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -177,6 +184,21 @@ class LanguageModel(LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         self._window.clear()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips sparse gradients as well, which Lightning does not."""
+        parameters = list(self.trainer.precision_plugin.main_params(optimizer))
+        if gradients.any_sparse(parameters):
+            if gradient_clip_val:
+                algorithm = gradient_clip_algorithm or "norm"
+                gradients.clip_gradients(parameters, gradient_clip_val, algorithm)
+            return
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the head learn what it learns without gradients."""

@@ -21,14 +21,24 @@ class WordEmbedding(nn.Embedding):
         vocab_size: Number of words.
         embedding_size: Width of a row.
         counts: Not needed here; every embedding is built from the same three arguments.
+        sparse: Whether the gradient is a sparse tensor of the rows that were looked up. A training
+            step then costs the same at any `vocab_size`, with an optimizer that takes such
+            gradients, as `torch.optim.Adagrad` does.
 
     Raises:
         ValueError: If a size is below 1.
     """
 
-    def __init__(self, vocab_size: int, embedding_size: int, counts: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int,
+        counts: Tensor | None = None,
+        *,
+        sparse: bool = False,
+    ) -> None:
         check_size(vocab_size=vocab_size, embedding_size=embedding_size)
-        super().__init__(vocab_size, embedding_size)
+        super().__init__(vocab_size, embedding_size, sparse=sparse)
 
     def reset_parameters(self) -> None:
         """Draw every row anew."""
@@ -59,6 +69,10 @@ class AdaptiveEmbedding(nn.Module):
         min_tail_size: ... but at least this.
         tail_sizes: The widths themselves, one for each tail, instead of `div_value` and
             `min_tail_size`.
+        sparse: Whether the gradients of the tables are sparse tensors, see `WordEmbedding`; those
+            of the projections are dense. Each table's holds one row a token, and the tokens of
+            other clusters add zeros to its first row, which Adagrad and SGD do not notice;
+            SparseAdam takes that row for touched in every step.
 
     Raises:
         ValueError: If cutoffs or widths are impossible.
@@ -78,9 +92,11 @@ class AdaptiveEmbedding(nn.Module):
         div_value: float = 4.0,
         min_tail_size: int = 16,
         tail_sizes: Sequence[int] | None = None,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         check_size(vocab_size=vocab_size, embedding_size=embedding_size)
+        self.sparse = sparse
         self.num_embeddings, self.embedding_size = vocab_size, embedding_size
         self.cutoffs = resolve_cutoffs(cutoffs, vocab_size, counts)
         num_tails = len(self.cutoffs)
@@ -114,7 +130,7 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding"]:
         """Embeddings of ids of any shape; an id outside `[0, vocab_size)` is an `IndexError`."""
         if not self.cutoffs:
-            return nn.functional.embedding(tokens, self.weight)
+            return nn.functional.embedding(tokens, self.weight, sparse=self.sparse)
         rows = []
         for table, begin, end in zip(
             self.tail_weights, self.cutoffs, [*self.cutoffs[1:], None], strict=True
@@ -122,9 +138,18 @@ class AdaptiveEmbedding(nn.Module):
             inside = tokens >= begin
             if end is not None:  # ids past the vocabulary stay in the last tail, which refuses them
                 inside &= tokens < end
-            rows.append(_masked_rows(table, tokens - begin, inside))
+            rows.append(self._masked_rows(table, tokens - begin, inside))
         projected = torch.cat(rows, -1) @ torch.cat(tuple(self.projections))
-        return _masked_rows(self.weight, tokens, tokens < self.cutoffs[0]) + projected
+        return self._masked_rows(self.weight, tokens, tokens < self.cutoffs[0]) + projected
+
+    def _masked_rows(self, table: Tensor, rows: Tensor, inside: Tensor) -> Tensor:
+        """`table[rows]` where `inside`, and zeros elsewhere."""
+        found = nn.functional.embedding(torch.where(inside, rows, 0), table, sparse=self.sparse)
+        return torch.where(inside.unsqueeze(-1), found, 0.0)
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradients are sparse tensors."""
+        return [self.weight, *self.tail_weights] if self.sparse else []
 
     def structure(self) -> dict[str, Any]:
         """Keyword arguments that pin the clusters, whatever rule "auto" follows later."""
@@ -134,11 +159,5 @@ class AdaptiveEmbedding(nn.Module):
         """Sizes, for `print`."""
         return (
             f"{self.num_embeddings}, {self.embedding_size}, cutoffs={self.cutoffs},"
-            f" tail_sizes={self.tail_sizes}"
+            f" tail_sizes={self.tail_sizes}{', sparse=True' if self.sparse else ''}"
         )
-
-
-def _masked_rows(table: Tensor, rows: Tensor, inside: Tensor) -> Tensor:
-    """`table[rows]` where `inside`, and zeros elsewhere."""
-    found = nn.functional.embedding(torch.where(inside, rows, 0), table)
-    return torch.where(inside.unsqueeze(-1), found, 0.0)

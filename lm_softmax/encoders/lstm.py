@@ -63,7 +63,8 @@ class LSTMEncoder(Encoder):
         num_layers: Number of layers.
         output_size: Width to project the hidden vectors to; `embedding_size` makes weights that
             can be shared with the output head. `None` for no projection.
-        embedding: Builds the token embedding from vocab_size, embedding_size and counts.
+        embedding: Builds the token embedding from vocab_size, embedding_size and counts; its
+            options, `sparse` for one, are given with it.
         embedding_dropout: Probability that a word of the vocabulary is dropped.
         input_dropout: Locked dropout between the embedding and the first layer.
         hidden_dropout: Locked dropout between layers.

@@ -41,7 +41,8 @@ class TransformerEncoder(Encoder):
         positions: "sinusoidal", or "learned", a table that starts from the sinusoids.
         norm_first: Layer norm before each block, and once more at the end of the stack. `False`
             puts it after each block, as the paper has it.
-        embedding: Builds the token embedding from vocab_size, hidden_size and counts.
+        embedding: Builds the token embedding from vocab_size, hidden_size and counts; its options,
+            `sparse` for one, are given with it.
 
     Raises:
         ValueError: If a size is below 1, `dropout` outside `[0, 1)`, `hidden_size` no multiple of

@@ -1,5 +1,7 @@
 """Embeddings against a dense table."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,48 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(cutoffs, token):
     embedding = AdaptiveEmbedding(12, 4, cutoffs=cutoffs)
     with pytest.raises(IndexError):
         embedding(torch.tensor([0, token]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(embedding=embeddings(), seed=st.integers(0, 99))
+def test_sparse_gradients_are_the_dense_ones(embedding, seed):
+    torch.manual_seed(seed)
+    tokens = torch.randint(embedding.num_embeddings, (3, 5))
+    size = embedding.embedding_size
+    word, options = WordEmbedding(embedding.num_embeddings, size).double(), embedding.structure()
+    sparse_word = WordEmbedding(embedding.num_embeddings, size, sparse=True).double()
+    sparse = AdaptiveEmbedding(embedding.num_embeddings, size, **options, sparse=True).double()
+    for dense_one, sparse_one in ((embedding, sparse), (word, sparse_word)):
+        sparse_one.load_state_dict(dense_one.state_dict())
+        weights = torch.randn(3, 5, size, dtype=torch.float64)
+        for one in (dense_one, sparse_one):
+            one.zero_grad()
+            (one(tokens) * weights).sum().backward()
+        names = {"weight", *(f"tail_weights.{i}" for i in range(len(embedding.cutoffs)))}
+        for name, parameter in sparse_one.named_parameters():
+            expected = dense_one.get_parameter(name).grad
+            assert not expected.is_sparse
+            assert parameter.grad.is_sparse == (name in names)
+            assert_close(parameter.grad.to_dense(), expected, **TIGHT)
+
+
+def test_sparse_is_an_option_by_name_and_off_by_default():
+    assert not WordEmbedding(5, 2).sparse
+    assert WordEmbedding(5, 2, None, sparse=True).sparse
+    assert AdaptiveEmbedding(5, 2).sparse_parameters() == []
+    embedding = AdaptiveEmbedding(12, 4, cutoffs=[3], sparse=True)
+    tables = [embedding.weight, *embedding.tail_weights]
+    for found, table in zip(embedding.sparse_parameters(), tables, strict=True):
+        assert found is table
+    with pytest.raises(TypeError):
+        WordEmbedding(5, 2, None, True)
+
+
+@pytest.mark.parametrize("kind", [WordEmbedding, partial(AdaptiveEmbedding, cutoffs=[3, 6])])
+def test_sparse_embeddings_compile(kind):
+    embedding = kind(12, 4, sparse=True)
+    torch.compile(embedding, fullgraph=True, backend="aot_eager")(torch.arange(4)).sum().backward()
+    assert embedding.weight.grad.is_sparse
 
 
 def test_the_graph_does_not_depend_on_the_tokens():

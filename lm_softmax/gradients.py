@@ -1,0 +1,211 @@
+"""Sparse gradients: whose they are, what can train on them, and how they are clipped.
+
+A sparse gradient holds the rows that a step touched, so that a step costs the same whatever the
+size of the vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
+from torch.sparse import check_sparse_tensor_invariants
+
+# Options that must be off: torch refuses them, but for momentum, whose buffer would come to hold
+# the rows of all steps so far.
+TRAINS_ON_SPARSE: dict[type[Optimizer], tuple[str, ...]] = {
+    Adagrad: ("weight_decay", "fused", "differentiable"),
+    SGD: ("weight_decay", "fused", "differentiable", "momentum"),
+    SparseAdam: (),
+}
+SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters whose gradients are sparse tensors, each under its first name.
+
+    A module names its own by a method `sparse_parameters()`, which speaks for all modules below
+    it, and `nn.Embedding` and `nn.EmbeddingBag` by their option `sparse`.
+
+    Raises:
+        ValueError: If modules share a parameter and only some give it sparse gradients: the sum
+            would be dense.
+    """
+    first: dict[nn.Parameter, tuple[str, bool]] = {}
+    for name, parameter, is_sparse in _uses(model, ""):
+        other, was_sparse = first.setdefault(parameter, (name, is_sparse))
+        if is_sparse != was_sparse:
+            one, another = (name, other) if is_sparse else (other, name)
+            raise ValueError(
+                f"{one} and {another} are one parameter, with sparse gradients here and dense ones"
+                f" there: set sparse alike in both, or model.tie_weights to false"
+            )
+    return {name: parameter for parameter, (name, is_sparse) in first.items() if is_sparse}
+
+
+def prepare(model: nn.Module, strategy: Strategy) -> None:
+    """Make a model with sparse gradients ready to be wrapped by the strategy it trains with.
+
+    `DistributedDataParallel` expects sparse gradients of `nn.Embedding` alone and asks the module
+    in which it meets a parameter first. Until `unwrap`, all that have them are shown to it in
+    embeddings ahead of the modules they belong to.
+
+    Raises:
+        ValueError: If the strategy shards parameters or reduces gradients by anything but gloo.
+    """
+    unwrap(model)
+    sparse = sparse_parameters(model)
+    if not sparse:
+        return
+    _check_strategy(strategy, sparse)
+    if not check_sparse_tensor_invariants.is_enabled():  # type: ignore[no-untyped-call]
+        # Said aloud, or torch warns of its default.
+        check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
+    if isinstance(strategy, DDPStrategy):
+        shown = nn.ModuleList(_embedding_of(parameter) for parameter in sparse.values())
+        children = dict(model.named_children())
+        for name in children:
+            delattr(model, name)
+        for name, child in ({"shown_sparse": shown} | children).items():
+            model.add_module(name, child)
+
+
+def unwrap(model: nn.Module) -> None:
+    """Take back what `prepare` has shown."""
+    if hasattr(model, "shown_sparse"):
+        del model.shown_sparse
+
+
+def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) -> None:
+    """Refuse what only fails at the first step: most optimizers take dense gradients alone.
+
+    Args:
+        optimizer: One of torch's; others are taken at their word.
+        sparse: Parameters whose gradients are sparse, by name.
+
+    Raises:
+        ValueError: If the optimizer, or an option of it, does not go with sparse gradients, or it
+            takes no others and there are others.
+    """
+    kind, known = type(optimizer).__name__, set(sparse.values())
+    if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if type(optimizer) is SparseAdam and (dense := len(set(parameters) - known)):
+        raise ValueError(
+            f"SparseAdam takes sparse gradients alone, and those of {dense} parameters are dense:"
+            f" set model.optimizer to torch.optim.Adagrad, which takes both"
+        )
+    for group in optimizer.param_groups:
+        if known.isdisjoint(group["params"]):
+            continue
+        if type(optimizer) not in TRAINS_ON_SPARSE:
+            raise ValueError(
+                f"{kind} does not take the sparse gradients of {_listed(sparse)}:"
+                f" set model.optimizer to torch.optim.Adagrad, or sparse to false"
+            )
+        for option in TRAINS_ON_SPARSE[type(optimizer)]:
+            if value := group.get(option):
+                raise ValueError(
+                    f"{kind} with {option}={value} does not go with the sparse gradients of"
+                    f" {_listed(sparse)}: set model.optimizer.init_args.{option} to"
+                    f" {'false' if value is True else 0}, or sparse to false"
+                )
+
+
+def any_sparse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a gradient is sparse."""
+    return any(p.grad is not None and p.grad.is_sparse for p in parameters)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: str) -> None:
+    """Clip gradients of which any may be sparse, in place.
+
+    Equals `nn.utils.clip_grad_norm_` or `nn.utils.clip_grad_value_` on the dense ones. Sparse ones
+    are coalesced first, for a row that occurs twice is one row of their sum; the norm is taken in
+    float32 or better.
+
+    Args:
+        parameters: Those whose gradients are clipped together.
+        limit: The largest Euclidean norm of all gradients, or the largest absolute value.
+        algorithm: "norm" or "value".
+    """
+    values = []
+    for parameter in parameters:
+        if (gradient := parameter.grad) is None:
+            continue
+        if gradient.is_sparse and not gradient.is_coalesced():
+            parameter.grad = gradient = gradient.coalesce()
+        values.append(gradient._values() if gradient.is_sparse else gradient)  # no copy
+    if algorithm == "value":
+        for value in values:
+            value.clamp_(-limit, limit)
+    elif values:
+        scale = (limit / (_norm(values) + 1e-6)).clamp(max=1.0)
+        for value in values:
+            value.mul_(scale.to(value.device))
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all tensors as one vector, in float32 or better."""
+    norms = [
+        torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        for tensor in tensors
+    ]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _uses(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Each trainable parameter under each name, and whether its gradients are sparse there."""
+    named = getattr(module, "sparse_parameters", None)
+    if named is not None:
+        sparse = set(named())
+        for name, parameter in module.named_parameters(prefix, remove_duplicate=False):
+            if parameter.requires_grad:
+                yield name, parameter, parameter in sparse
+        return
+    is_sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    for name, parameter in module.named_parameters(prefix, recurse=False):
+        if parameter.requires_grad:
+            yield name, parameter, is_sparse
+    for name, child in module.named_children():
+        yield from _uses(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _check_strategy(strategy: Strategy, sparse: Mapping[str, nn.Parameter]) -> None:
+    if isinstance(strategy, SHARDED):
+        raise ValueError(
+            f"{type(strategy).__name__} does not shard {_listed(sparse)}, whose gradients are"
+            f" sparse: set trainer.strategy to ddp on CPUs or one device, or sparse to false"
+        )
+    if not isinstance(strategy, DDPStrategy):
+        return
+    device = strategy.root_device.type
+    config = torch.distributed.get_backend_config()  # as cpu:gloo,cuda:nccl
+    backends = dict(part.split(":") for part in config.split(","))
+    if (backend := backends.get(device)) != "gloo":
+        raise ValueError(
+            f"{backend} does not reduce the sparse gradients of {_listed(sparse)} on {device}: set"
+            f" sparse to false, or trainer.strategy to DDPStrategy with"
+            f" process_group_backend gloo"
+        )
+
+
+def _embedding_of(parameter: nn.Parameter) -> nn.Embedding:
+    """An embedding that holds a parameter, of any shape."""
+    embedding = nn.Embedding(1, 1, sparse=True, device="meta")
+    embedding.weight = parameter
+    return embedding
+
+
+def _listed(sparse: Mapping[str, nn.Parameter]) -> str:
+    names = list(sparse)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -4,9 +4,11 @@ A sparse gradient holds the rows that a step touched, so that a step costs the s
 size of the vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import partial
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -31,8 +33,8 @@ SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters whose gradients are sparse tensors, each under its first name.
 
-    A module names its own by a method `sparse_parameters()`, which speaks for all modules below
-    it, and `nn.Embedding` and `nn.EmbeddingBag` by their option `sparse`.
+    A module names them by a method `sparse_parameters()`, its own and those of modules below it;
+    `nn.Embedding` and `nn.EmbeddingBag` by their option `sparse`, wherever they are.
 
     Raises:
         ValueError: If modules share a parameter and only some give it sparse gradients: the sum
@@ -51,16 +53,18 @@ def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def prepare(model: nn.Module, strategy: Strategy) -> None:
-    """Make a model with sparse gradients ready to be wrapped by the strategy it trains with.
+    """Make a strategy ready to wrap a model with sparse gradients, which itself stays as it is.
 
     `DistributedDataParallel` expects sparse gradients of `nn.Embedding` alone and asks the module
-    in which it meets a parameter first. Until `unwrap`, all that have them are shown to it in
-    embeddings ahead of the modules they belong to.
+    in which it meets a parameter first. While it is constructed, and at no other time, all that
+    have them are shown to it in embeddings ahead of the modules they belong to.
 
     Raises:
-        ValueError: If the strategy shards parameters or reduces gradients by anything but gloo.
+        ValueError: If the strategy shards parameters, or it is a `DDPStrategy` and its process
+            group is not of gloo or a sparse gradient is of a parameter that the model itself holds,
+            in no module of its own. Other strategies are taken at their word.
     """
-    unwrap(model)
+    strategy.__dict__.pop("configure_ddp", None)  # of a training that failed before its use
     sparse = sparse_parameters(model)
     if not sparse:
         return
@@ -69,22 +73,12 @@ def prepare(model: nn.Module, strategy: Strategy) -> None:
         # Said aloud, or torch warns of its default.
         check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     if isinstance(strategy, DDPStrategy):
-        shown = nn.ModuleList(_embedding_of(parameter) for parameter in sparse.values())
-        children = dict(model.named_children())
-        for name in children:
-            delattr(model, name)
-        for name, child in ({"shown_sparse": shown} | children).items():
-            model.add_module(name, child)
-
-
-def unwrap(model: nn.Module) -> None:
-    """Take back what `prepare` has shown."""
-    if hasattr(model, "shown_sparse"):
-        del model.shown_sparse
+        _check_root(model, sparse)
+        strategy.configure_ddp = partial(_wrap_shown, strategy)  # type: ignore[method-assign]
 
 
 def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) -> None:
-    """Refuse what only fails at the first step: most optimizers take dense gradients alone.
+    """Refuse what only fails at the first step, or makes sparse gradients dense as LBFGS does.
 
     Args:
         optimizer: One of torch's; others are taken at their word.
@@ -108,7 +102,7 @@ def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) ->
             continue
         if type(optimizer) not in TRAINS_ON_SPARSE:
             raise ValueError(
-                f"{kind} does not take the sparse gradients of {_listed(sparse)}:"
+                f"{kind} does not go with the sparse gradients of {_listed(sparse)}:"
                 f" set model.optimizer to torch.optim.Adagrad, or sparse to false"
             )
         for option in TRAINS_ON_SPARSE[type(optimizer)]:
@@ -118,6 +112,22 @@ def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) ->
                     f" {_listed(sparse)}: set model.optimizer.init_args.{option} to"
                     f" {'false' if value is True else 0}, or sparse to false"
                 )
+
+
+def check_scaling(optimizer: Optimizer, trainer: Trainer) -> None:
+    """Refuse what only fails at the first step: a fused optimizer takes scaled gradients.
+
+    Raises:
+        ValueError: If gradients are to be clipped before the optimizer unscales them.
+    """
+    scales = getattr(trainer, "scaler", None) is not None
+    clips = (trainer.gradient_clip_val or 0) > 0
+    if scales and clips and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"a fused optimizer cannot clip gradients under 16-mixed, as {type(optimizer).__name__}"
+            f" unscales them itself: set model.optimizer.init_args.fused to false, or"
+            f" trainer.precision to bf16-mixed"
+        )
 
 
 def any_sparse(parameters: Iterable[nn.Parameter]) -> bool:
@@ -137,7 +147,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: 
         parameters: Those whose gradients are clipped together.
         limit: The largest Euclidean norm of all gradients, or the largest absolute value.
         algorithm: "norm" or "value".
+
+    Raises:
+        ValueError: If the limit is below 0: gradients would change their sign.
     """
+    if not limit >= 0:
+        raise ValueError(f"the limit of clipped gradients must be at least 0, got {limit}")
     values = []
     for parameter in parameters:
         if (gradient := parameter.grad) is None:
@@ -163,28 +178,35 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
-def _uses(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Each trainable parameter under each name, and whether its gradients are sparse there."""
+def _uses(
+    module: nn.Module, prefix: str, above: Set[nn.Parameter] = frozenset()
+) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Each trainable parameter of each module, and whether its gradients are sparse there.
+
+    Args:
+        module: Where to look, and below.
+        prefix: Its name.
+        above: What modules above it have named.
+    """
     named = getattr(module, "sparse_parameters", None)
-    if named is not None:
-        sparse = set(named())
-        for name, parameter in module.named_parameters(prefix, remove_duplicate=False):
-            if parameter.requires_grad:
-                yield name, parameter, parameter in sparse
-        return
-    is_sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    sparse = above if named is None else above | set(named())
     for name, parameter in module.named_parameters(prefix, recurse=False):
         if parameter.requires_grad:
-            yield name, parameter, is_sparse
+            yield name, parameter, parameter in sparse or _embeds_sparsely(module)
     for name, child in module.named_children():
-        yield from _uses(child, f"{prefix}.{name}" if prefix else name)
+        yield from _uses(child, f"{prefix}.{name}" if prefix else name, sparse)
+
+
+def _embeds_sparsely(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
 
 
 def _check_strategy(strategy: Strategy, sparse: Mapping[str, nn.Parameter]) -> None:
     if isinstance(strategy, SHARDED):
         raise ValueError(
             f"{type(strategy).__name__} does not shard {_listed(sparse)}, whose gradients are"
-            f" sparse: set trainer.strategy to ddp on CPUs or one device, or sparse to false"
+            f" sparse: set trainer.strategy to ddp on several CPUs or auto on one device, or sparse"
+            f" to false"
         )
     if not isinstance(strategy, DDPStrategy):
         return
@@ -197,6 +219,33 @@ def _check_strategy(strategy: Strategy, sparse: Mapping[str, nn.Parameter]) -> N
             f" sparse to false, or trainer.strategy to DDPStrategy with"
             f" process_group_backend gloo"
         )
+
+
+def _check_root(model: nn.Module, sparse: Mapping[str, nn.Parameter]) -> None:
+    held = {
+        name: sparse[name] for name, _ in model.named_parameters(recurse=False) if name in sparse
+    }
+    if held and not _embeds_sparsely(model):
+        raise ValueError(
+            f"DistributedDataParallel meets {_listed(held)} in {type(model).__name__} itself and"
+            f" expects dense gradients there, not sparse ones: hold it in a module of its own"
+        )
+
+
+def _wrap_shown(strategy: DDPStrategy) -> None:
+    """`strategy.configure_ddp()`, to which the sparse parameters of its model are shown first."""
+    del strategy.configure_ddp  # back to the class's
+    model = strategy.model
+    assert model is not None
+    children = dict(model._modules)  # with names for one module, and those for None
+    shown = nn.ModuleList(_embedding_of(p) for p in sparse_parameters(model).values())
+    model._modules.clear()
+    model._modules.update({"shown_sparse": shown} | children)
+    try:
+        strategy.configure_ddp()
+    finally:
+        model._modules.clear()
+        model._modules.update(children)
 
 
 def _embedding_of(parameter: nn.Parameter) -> nn.Embedding:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, Self, TypeAlias, cast
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -93,6 +94,10 @@ class LanguageModel(LightningModule):
         self.head: OutputHead = factory.build(head_spec, OutputHead, *sizes, counts, name="head")
         if tie_weights:
             self.head.tie_weight(self.encoder.embedding)
+        if type(self.head).after_optimizer_step is OutputHead.after_optimizer_step:
+            # trees and noise: every process has made the same, and each step would send them all
+            constant = [f"head.{name}" for name, _ in self.head.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._states: dict[str, tuple[int, Any]] = {}  # stage: (batch size, encoder state)
@@ -126,7 +131,7 @@ class LanguageModel(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Makes sparse gradients known to the strategy, before it wraps the model."""
+        """Makes the strategy expect sparse gradients, before it wraps the model."""
         if stage == "fit":
             gradients.prepare(self, self.trainer.strategy)
 
@@ -135,8 +140,7 @@ class LanguageModel(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         spec = self.hparams["optimizer"]
         optimizer = factory.build(spec, Optimizer, parameters, name="optimizer")
-        self._check_scaling(optimizer)
-        gradients.unwrap(self)
+        gradients.check_scaling(optimizer, self.trainer)
         gradients.check_optimizer(optimizer, gradients.sparse_parameters(self))
         if (spec := self.hparams["lr_scheduler"]) is None:
             return optimizer
@@ -193,12 +197,13 @@ class LanguageModel(LightningModule):
     ) -> None:
         """Clips sparse gradients as well, which Lightning does not."""
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
-        if gradients.any_sparse(parameters):
-            if gradient_clip_val:
-                algorithm = gradient_clip_algorithm or "norm"
-                gradients.clip_gradients(parameters, gradient_clip_val, algorithm)
-            return
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if not gradients.any_sparse(parameters):
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif not (limit := gradient_clip_val or 0.0) <= 0:  # which Lightning takes for no limit
+            gradients.check_scaling(optimizer, self.trainer)
+            gradients.clip_gradients(parameters, limit, gradient_clip_algorithm or "norm")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the head learn what it learns without gradients."""
@@ -249,8 +254,22 @@ class LanguageModel(LightningModule):
         self._log_perplexity("test", self.test_perplexity)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the next step depends on beside the weights: random numbers, carried state."""
+        """Adds what the next step depends on beside the weights: random numbers, carried state.
+
+        Raises:
+            ValueError: If the loss was nan, or the head was replaced by one of another class, which
+                the file could not be loaded with.
+        """
         self._stop_at_nan()
+        spec = self.hparams["requested"]["head"]
+        if factory.find_class(spec["class_path"], OutputHead, "head") is not type(self.head):
+            raise ValueError(
+                f"the head is a {type(self.head).__name__} now, but the model was made with"
+                f" {spec['class_path']}: make a LanguageModel with the head it is to have"
+            )
+        # anew: a head without its latent matrix has another structure than the one it came from
+        pinned = factory.pinned(spec, self.head, OutputHead, "head")
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["head"] = pinned
         if self.trainer.world_size > 1:  # the other processes have their own
             return
         checkpoint["moment"] = {
@@ -300,15 +319,6 @@ class LanguageModel(LightningModule):
             options = factory.differences(_options(theirs), _options(self.hparams))
             differences = options or factory.differences(there, here)
             raise ValueError(f"the checkpoint holds another model: {'; '.join(differences[:4])}")
-
-    def _check_scaling(self, optimizer: Optimizer) -> None:
-        """Refuse what only fails at the first step: a fused optimizer takes scaled gradients."""
-        scales = getattr(self.trainer, "scaler", None) is not None
-        if scales and self.trainer.gradient_clip_val and optimizer.defaults.get("fused"):
-            raise ValueError(
-                "a fused optimizer cannot clip gradients under 16-mixed: set "
-                "model.optimizer.init_args.fused to false, or trainer.precision to bf16-mixed"
-            )
 
     def _encode(self, batch: Batch, stage: str) -> Tensor:
         """Hidden vectors; each stage carries a state of its own from batch to batch."""

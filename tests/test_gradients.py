@@ -122,6 +122,18 @@ def test_float16_norms_do_not_overflow():
     assert_close(parameters[0].grad.to_dense().double(), exact / exact.norm(), rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("limit", [-0.5, torch.nan])
+def test_refuses_a_limit_that_would_turn_gradients_round(algorithm, limit):
+    (parameter,) = holding(rows([1, 3], (5, 2)))
+    before = parameter.grad.to_dense()
+    with pytest.raises(ValueError, match=f"must be at least 0, got {limit}"):
+        gradients.clip_gradients([parameter], limit, algorithm)
+    assert torch.equal(parameter.grad.to_dense(), before)
+    gradients.clip_gradients([parameter], 0.0, algorithm)
+    assert not parameter.grad.to_dense().any()
+
+
 def test_parameters_without_gradients_are_left_alone():
     parameters = [nn.Parameter(torch.zeros(3))]
     for algorithm in ("norm", "value"):
@@ -165,6 +177,22 @@ def test_modules_name_their_sparse_parameters():
     ]
 
 
+class Wrapping(FullSoftmax):
+    """A head that names no parameters, with an embedding within."""
+
+    def __init__(self, sparse):
+        super().__init__(4, 7)
+        self.inner = nn.Embedding(7, 3, sparse=sparse)
+
+
+def test_an_embedding_within_a_head_speaks_for_itself():
+    assert list(gradients.sparse_parameters(nn.Sequential(Wrapping(True)))) == ["0.inner.weight"]
+    assert not gradients.sparse_parameters(nn.Sequential(Wrapping(False)))
+    naming = SparseBias()
+    naming.words = nn.Embedding(7, 3, sparse=True)
+    assert list(gradients.sparse_parameters(naming)) == ["inner.bias", "words.weight"]
+
+
 @pytest.mark.parametrize("encoder", [LSTMEncoder, TransformerEncoder])
 def test_encoders_take_sparse_embeddings(encoder):
     made = encoder(9, embedding=partial(WordEmbedding, sparse=True))
@@ -191,10 +219,10 @@ def test_sharing_needs_sparse_gradients_on_both_sides():
 def optimizers():
     """Every optimizer of torch with options, and what is wrong about it; None if nothing is."""
     optim = torch.optim
-    for refused in (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax):
-        yield refused, {}, f"{refused.__name__} does not take"
-    for refused in (optim.RMSprop, optim.Adadelta, optim.ASGD, optim.Rprop, optim.Adafactor):
-        yield refused, {}, f"{refused.__name__} does not take"
+    for name in optim.__all__:
+        kind = getattr(optim, name)
+        if isinstance(kind, type) and kind not in (*gradients.TRAINS_ON_SPARSE, optim.Optimizer):
+            yield kind, {}, f"{name} does not go with the sparse gradients of 0.weight"
     for made in (optim.Adagrad, partial(optim.SGD, lr=0.1)):
         name = getattr(made, "__name__", "SGD")
         for option in ("foreach", "maximize"):
@@ -206,13 +234,13 @@ def optimizers():
     yield optim.Adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 0.1}, None
     yield optim.SGD, {"momentum": 0.9}, "SGD with momentum=0.9 .*momentum to 0,"
     yield optim.SGD, {"momentum": 0.9, "nesterov": True}, "SGD with momentum=0.9"
-    yield optim.SparseAdam, {}, "SparseAdam takes sparse gradients alone, and those of 2"
+    yield optim.SparseAdam, {}, "SparseAdam takes sparse gradients alone, and those of 1"
 
 
 @pytest.mark.parametrize(("kind", "options", "message"), list(optimizers()))
 def test_refuses_what_fails_at_the_first_step(kind, options, message):
     """Checked against the first two steps: what is let pass trains, what is refused does not."""
-    model = nn.Sequential(WordEmbedding(6, 3, sparse=True), nn.Linear(3, 2))
+    model = nn.Sequential(WordEmbedding(6, 3, sparse=True), nn.Linear(3, 2, bias=False))
     optimizer = kind(model.parameters(), **options)
     sparse = gradients.sparse_parameters(model)
 
@@ -231,9 +259,30 @@ def test_refuses_what_fails_at_the_first_step(kind, options, message):
     assert "\n" not in str(caught.value)
     if "alone" not in message:
         assert "0.weight" in str(caught.value)
-    if "momentum" not in options:
+    if "momentum" not in options and kind is not torch.optim.LBFGS:
         with pytest.raises(RuntimeError):
             steps()
+
+
+def test_every_optimizer_is_tried():
+    kinds = {getattr(kind, "func", kind) for kind, *_ in optimizers()}
+    assert {kind.__name__ for kind in kinds} >= {"Adam", "LBFGS", "Muon", "Adagrad", "SparseAdam"}
+
+
+def test_lbfgs_would_make_sparse_gradients_dense():
+    embedding = WordEmbedding(6, 3, sparse=True)
+    optimizer = torch.optim.LBFGS(embedding.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = embedding(torch.tensor([1])).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    direction = optimizer.state[embedding.weight]["d"]
+    assert direction.layout == torch.strided
+    assert direction.numel() == embedding.weight.numel()
 
 
 def test_momentum_would_keep_the_rows_of_every_step():
@@ -293,30 +342,107 @@ def test_refuses_strategies_that_shard(kind):
 def test_ranks_need_gloo(config, device, refused, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: config)
     model = nn.Sequential(AdaptiveEmbedding(20, 4, cutoffs=[5, 9], sparse=True), nn.Linear(4, 2))
-    names = list(model.state_dict())
+    names = list(dict(model.named_modules()))
     one = strategy(DDPStrategy, parallel_devices=[torch.device(device)])
     monkeypatch.setattr(DDPStrategy, "root_device", torch.device(device))
     if refused is None:
         gradients.prepare(model, one)
-        gradients.prepare(model, one)
-        first = next(module for module in model.modules() if isinstance(module, nn.Embedding))
-        assert first.weight is model[1].weight
-        gradients.unwrap(model)
+        assert "configure_ddp" in vars(one)
     else:
         message = f"{refused} does not reduce the sparse gradients of .* on {device}: set sparse"
         with pytest.raises(ValueError, match=message) as caught:
             gradients.prepare(model, one)
         assert "\n" not in str(caught.value)
-    assert list(model.state_dict()) == names
+    assert list(dict(model.named_modules())) == names
     gradients.prepare(nn.Linear(2, 2), one)
+    assert "configure_ddp" not in vars(one)  # that of the other model is gone
+
+
+class Wrapped(DDPStrategy):
+    """Keeps what `DistributedDataParallel` would be given."""
+
+    root_device = torch.device("cpu")
+    fails = False
+
+    def configure_ddp(self):
+        self.order = list(self.model.parameters())
+        self.asked = [
+            next(m for m in self.model.modules() if any(p is q for q in m._parameters.values()))
+            for p in self.order
+        ]
+        if self.fails:
+            raise RuntimeError("no wrapping")
+
+
+@pytest.fixture
+def gloo(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo")
+
+
+def aliased():
+    """The embedding has two names, one of them in the head, and a third child is None."""
+    model = nn.Module()
+    model.body = nn.Linear(3, 3)
+    model.words = AdaptiveEmbedding(20, 4, cutoffs=[5, 9], sparse=True)
+    model.nothing = None
+    model.again = model.words
+    model.bias = SparseBias()
+    return model
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sparse_parameters_are_shown_in_embeddings_while_wrapped(fails, gloo):
+    model = aliased()
+    children, weights = list(model._modules.items()), list(model.state_dict())
+    one = strategy(Wrapped, _model=model, fails=fails)
+    sparse = gradients.sparse_parameters(model)
+    before = torch.get_rng_state()
+    for _ in range(2):  # a second training of one strategy, and after a failure
+        gradients.prepare(model, one)
+        gradients.prepare(model, one)
+        assert list(model._modules.items()) == children
+        if fails:
+            with pytest.raises(RuntimeError, match="no wrapping"):
+                one.configure_ddp()
+        else:
+            one.configure_ddp()
+        assert len(one.order) == len(list(model.parameters()))
+        for parameter, asked in zip(one.order, one.asked, strict=True):
+            expects = isinstance(asked, nn.Embedding) and asked.sparse
+            assert expects == any(parameter is p for p in sparse.values())
+        assert list(model._modules.items()) == children
+        assert list(model.state_dict()) == weights
+        assert "configure_ddp" not in vars(one)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Holding(nn.Module):
+    """A model that is no module of modules alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(4, 2))
+        self.words = WordEmbedding(6, 3, sparse=True)
+
+    def sparse_parameters(self):
+        return [self.table]
+
+
+def test_refuses_a_sparse_parameter_of_the_model_itself(gloo):
+    message = "meets table in Holding itself and expects dense gradients there"
+    with pytest.raises(ValueError, match=message) as caught:
+        gradients.prepare(Holding(), strategy(Wrapped))
+    assert "\n" not in str(caught.value)
+    gradients.prepare(Holding(), strategy(SingleDeviceStrategy))
+    gradients.prepare(WordEmbedding(6, 3, sparse=True), strategy(Wrapped))  # it is asked itself
 
 
 def test_one_device_needs_nothing():
     model = nn.Sequential(WordEmbedding(6, 3, sparse=True))
-    before = torch.get_rng_state()
-    gradients.prepare(model, strategy(SingleDeviceStrategy))
+    one = strategy(SingleDeviceStrategy)
+    gradients.prepare(model, one)
+    assert not vars(one)
     assert list(dict(model.named_modules())) == ["", "0"]
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("asked", [True, False])

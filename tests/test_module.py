@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lm_softmax.encoders import AdaptiveEmbedding, Encoder, LSTMEncoder, TransformerEncoder
-from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
+from lm_softmax.heads import (
+    AdaptiveSoftmax,
+    FullSoftmax,
+    HierarchicalSoftmax,
+    ProductQuantizedSoftmax,
+    SampledSoftmax,
+)
 from lm_softmax.heads import cutoffs as cutoffs_module
 from lm_softmax.module import LanguageModel
 from lm_softmax.schedule import WarmupDecay
@@ -673,6 +679,31 @@ def test_choices_of_a_default_embedding_are_saved(tmp_path, monkeypatch):
     assert LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt").encoder.embedding.cutoffs == (
         cutoffs
     )
+
+
+def test_a_head_without_its_latent_matrix_is_saved_as_what_it_is(tmp_path):
+    head = partial(ProductQuantizedSoftmax, codebook_size=4)
+    model = LanguageModel(SMALL_LSTM, head, COUNTS)
+    model.head = model.head.export()
+    saved(model, tmp_path / "a.ckpt")
+    loaded = LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt")
+    hidden = torch.randn(3, 8)
+    assert torch.equal(loaded.head.log_prob(hidden), model.head.log_prob(hidden))
+    assert loaded.head.output.latent is None
+    model.head = FullSoftmax(8, V)
+    with pytest.raises(ValueError, match="a FullSoftmax now, but the model was made with .*Prod"):
+        saved(model, tmp_path / "b.ckpt")
+    assert not (tmp_path / "b.ckpt").exists()
+
+
+def test_processes_do_not_send_each_other_what_never_changes():
+    def ignored(head):
+        return LanguageModel(SMALL_LSTM, head, COUNTS)._ddp_params_and_buffers_to_ignore
+
+    assert ignored(SampledSoftmax) == ["head.noise.cumulative", "head.noise.borders"]
+    assert "head.tree" in ignored(HierarchicalSoftmax)
+    codes = LanguageModel(SMALL_LSTM, partial(ProductQuantizedSoftmax, codebook_size=4), COUNTS)
+    assert not hasattr(codes, "_ddp_params_and_buffers_to_ignore")  # these do change
 
 
 @pytest.mark.parametrize(

@@ -89,14 +89,22 @@ class Logistic(OutputHead):
         self.weight = embedding.weight
 
 
-def model(sparse, *, embedding="word", optimizer=ADAGRAD, sparse_head=None, **options):
+def model(
+    sparse,
+    *,
+    kind=LanguageModel,
+    embedding="word",
+    optimizer=ADAGRAD,
+    sparse_head=None,
+    **options,
+):
     torch.manual_seed(3)
     embedding = partial(EMBEDDINGS[embedding], sparse=sparse)
     encoder = partial(
         LSTMEncoder, embedding_size=WIDTH, hidden_size=WIDTH, embedding=embedding, **options
     )
     head = partial(Logistic, sparse=sparse if sparse_head is None else sparse_head)
-    return LanguageModel(encoder, head, COUNTS, optimizer=optimizer)
+    return kind(encoder, head, COUNTS, optimizer=optimizer)
 
 
 def batches(rank, number=5):
@@ -192,6 +200,15 @@ def test_dense_gradients_are_clipped_by_lightning(monkeypatch):
     fit(model(True), batches(1))
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_limit_that_is_none_to_lightning_is_none(algorithm, sparse):
+    trained, expected = model(sparse), model(sparse)
+    fit(expected, batches(1))
+    fit(trained, batches(1), gradient_clip_val=-0.5, gradient_clip_algorithm=algorithm)
+    assert_same(trained.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 class Scaling(MixedPrecision):
     """A GradScaler without autocast: a CPU has no LSTM in fp16."""
 
@@ -210,6 +227,45 @@ def test_scaled_gradients_are_unscaled_before_they_are_clipped(sparse):
     fit(trained, rows, plugins=[plugin], gradient_clip_val=1e-3, callbacks=[layouts])
     assert layouts.norms == pytest.approx([1e-3] * 2, rel=1e-2)
     assert not torch.equal(trained.state_dict()["head.weight"], before["head.weight"])
+
+
+class Unscaling(torch.optim.Adagrad):
+    """Of no module of torch, and without an option `fused`."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.div_(self.grad_scale)
+        self.grad_scale = self.found_inf = None
+        return super().step(closure)
+
+
+Unscaling.__module__ = "elsewhere"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_optimizer_that_unscales_cannot_clip(own, monkeypatch):
+    if own:  # a model that makes its optimizer without a look at it
+        monkeypatch.setattr(
+            LanguageModel, "configure_optimizers", lambda self: Unscaling(self.parameters(), lr=0.1)
+        )
+    trained = model(True, optimizer=partial(torch.optim.Adagrad, lr=0.1))
+    if not own:
+        monkeypatch.setattr(
+            "lm_softmax.factory.build", lambda *_, **__: Unscaling(trained.parameters(), lr=0.1)
+        )
+    before = copy.deepcopy(trained.state_dict())
+
+    def run(**options):
+        plugin = Scaling("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+        fit(trained, batches(1, 3), plugins=[plugin], **options)
+
+    with pytest.raises(ValueError, match="16-mixed, as Unscaling unscales them itself: set"):
+        run(gradient_clip_val=1e-3)
+    assert_same(trained.state_dict(), before, rtol=0, atol=0)
+    run(gradient_clip_val=-1.0)
 
 
 def test_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path):
@@ -299,7 +355,7 @@ def test_a_step_makes_nothing_of_the_size_of_the_vocabulary(sparse, accumulate):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": torch.optim.AdamW}, "AdamW does not take the sparse gradients of encoder"),
+        ({"optimizer": torch.optim.AdamW}, "AdamW does not go with the sparse gradients of"),
         ({"optimizer": partial(ADAGRAD, weight_decay=0.1)}, "Adagrad with weight_decay=0.1"),
         ({"optimizer": torch.optim.SparseAdam}, "SparseAdam takes sparse gradients alone"),
     ],
@@ -410,6 +466,67 @@ RUNS = [
 ]
 
 
+CLIPPED = {"devices": 2, "strategy": "ddp", "precision": "64-true", "gradient_clip_val": 0.05}
+RESUMED = ("never stopped", "of two processes", "of one process")
+
+
+class Plain(LanguageModel):
+    """Makes its optimizer without a look at what `LanguageModel` does."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adagrad(self.parameters(), lr=0.1)
+
+
+class Aliased(LanguageModel):
+    """Has the embedding under a second name."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.also, self.nothing = self.encoder.embedding, None
+
+
+def resume(rank, folder):
+    """Two epochs, and the second of them from the file of two processes and that of one."""
+    names = list(model(True).state_dict())
+    files = [None, f"{folder}/two.ckpt", f"{folder}/one.ckpt"]
+    fit(model(True).double(), batches(rank), **CLIPPED).save_checkpoint(files[1])
+    assert list(torch.load(files[1], weights_only=True)["state_dict"]) == names
+    for number, file in enumerate(files):
+        made = fit(model(True).double(), batches(rank), file, max_epochs=2, **CLIPPED)
+        assert made.global_step == 10
+        made.save_checkpoint(f"{folder}/resumed-{number}.ckpt")
+
+
+def fail(rank):
+    """A training that failed leaves model and strategy fit for another."""
+    refused = model(True, optimizer=partial(ADAGRAD, weight_decay=0.1)).double()
+    names = list(refused.state_dict())
+    with pytest.raises(ValueError, match="Adagrad with weight_decay"):
+        fit(refused, batches(rank), **CLIPPED)
+    assert list(refused.state_dict()) == names
+    made = trainer(**CLIPPED)
+    loader = DataLoader(batches(rank), batch_size=None)
+    refused.configure_model = lambda: pytest.fail("between `setup` and the wrapping")
+    with pytest.raises(pytest.fail.Exception):
+        made.fit(refused, loader)
+    assert list(refused.state_dict()) == names
+    dense = model(False).double()
+    made.fit(dense, loader)
+    assert dense.global_step == 5
+
+
+def subclass(kind, rank, folder):
+    """Checkpoints of models that are not quite a `LanguageModel`."""
+    made = model(True, kind=kind).double()
+    children = list(made._modules.items())
+    layouts = Layouts()
+    fit(made, batches(rank), callbacks=[layouts], **CLIPPED).save_checkpoint(
+        f"{folder}/{kind.__name__}.ckpt"
+    )
+    assert list(made._modules.items()) == children
+    assert "encoder.embedding.weight" in layouts.sparse
+
+
 def work(rank, port, folder):
     """What each of the two processes does."""
     warm_up()
@@ -444,11 +561,27 @@ def work(rank, port, folder):
             {"weights": trained.state_dict(), "sparse": sorted(layouts.sparse)},
             f"{folder}/{number}-{rank}.pt",
         )
+    resume(rank, folder)
+    fail(rank)
+    for kind in (Plain, Aliased):
+        subclass(kind, rank, folder)
+
+
+def joined_batches():
+    """Those of both ranks, for one process."""
+    return [
+        Batch(torch.cat([a.tokens, b.tokens]), torch.cat([a.target, b.target]), a.carry)
+        for a, b in zip(batches(0), batches(1), strict=True)
+    ]
+
+
+ALONE = {"precision": "64-true", "gradient_clip_val": 0.05}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
+    fit(model(True).double(), joined_batches(), **ALONE).save_checkpoint(folder / "one.ckpt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -461,14 +594,10 @@ def test_two_processes_equal_one_on_the_joined_batch(number, folder):
     embedding, accumulate, clip = RUNS[number]
     expected = model(False, embedding=embedding).double()
     optimizer = torch.optim.Adagrad(expected.parameters(), lr=0.1)
-    joined = [
-        (torch.cat([a.tokens, b.tokens]), torch.cat([a.target, b.target]))
-        for a, b in zip(batches(0), batches(1), strict=True)
-    ]
-    state = None
+    joined, state = joined_batches(), None
     for begin in range(0, len(joined), accumulate):
         total, targets = torch.zeros((), dtype=torch.float64), 0
-        for tokens, target in joined[begin : begin + accumulate]:
+        for tokens, target, _ in joined[begin : begin + accumulate]:
             hidden, state = expected.encoder(tokens, state)
             state = tuple(part.detach() for part in state)
             logits = F.linear(hidden, expected.head.weight, expected.head.bias)
@@ -485,3 +614,46 @@ def test_two_processes_equal_one_on_the_joined_batch(number, folder):
         assert_same(found["weights"], expected.state_dict(), **TIGHT)
         assert found["sparse"][-2:] == ["head.bias", "head.weight"]
         assert "encoder.embedding.weight" in found["sparse"]
+
+
+def by_name(path):
+    """Weights and optimizer states of a checkpoint, each under its parameter's name."""
+    saved = torch.load(path, weights_only=True)
+    names = [name for name, _ in model(True).named_parameters()]
+    (optimizer,) = saved["optimizer_states"]
+    assert optimizer["param_groups"][0]["params"] == list(range(len(names)))
+    states = {name: optimizer["state"][number]["sum"] for number, name in enumerate(names)}
+    return saved["state_dict"], states
+
+
+@pytest.mark.parametrize("number", range(len(RESUMED)), ids=RESUMED)
+def test_two_processes_go_on_as_if_never_stopped(number, folder):
+    """From the file of either number of processes; and so does one from the file of two."""
+    alone = model(True).double()
+    made = fit(alone, joined_batches(), folder / "two.ckpt", max_epochs=2, **ALONE)
+    made.save_checkpoint(folder / "alone.ckpt")
+    for found, expected in zip(
+        by_name(folder / f"resumed-{number}.ckpt"), by_name(folder / "alone.ckpt"), strict=True
+    ):
+        assert_same(found, expected, **TIGHT)
+
+
+def test_optimizer_states_are_those_of_the_named_parameters(folder):
+    for found, expected in zip(
+        by_name(folder / "two.ckpt"), by_name(folder / "one.ckpt"), strict=True
+    ):
+        assert_same(found, expected, **TIGHT)
+
+
+def test_a_model_with_its_own_optimizer_writes_sound_checkpoints(folder):
+    for found, expected in zip(
+        by_name(folder / "Plain.ckpt"), by_name(folder / "one.ckpt"), strict=True
+    ):
+        assert_same(found, expected, **TIGHT)
+
+
+def test_a_module_of_two_names_trains_as_of_one(folder):
+    found = torch.load(folder / "Aliased.ckpt", weights_only=True)["state_dict"]
+    also = found.pop("also.weight")
+    assert torch.equal(also, found["encoder.embedding.weight"])
+    assert_same(found, by_name(folder / "one.ckpt")[0], **TIGHT)

@@ -97,7 +97,9 @@ class LanguageModel(LightningModule):
         if type(self.head).after_optimizer_step is OutputHead.after_optimizer_step:
             # trees and noise: every process has made the same, and each step would send them all
             constant = [f"head.{name}" for name, _ in self.head.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constant)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+                self, constant
+            )
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._states: dict[str, tuple[int, Any]] = {}  # stage: (batch size, encoder state)

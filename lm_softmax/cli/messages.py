@@ -38,6 +38,8 @@ def user_error(error: BaseException) -> str | None:
         return f"a configuration file is not UTF-8: {one_line(str(error))}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, RecursionError) and _while_reading(error.__traceback__):
+        return "an option is a list nested too deep to be read: give deep trees as a tensor"
     if isinstance(error, ValueError | OSError | ImportError) and _on_purpose(error.__traceback__):
         return one_line(str(error))
     return None
@@ -100,6 +102,14 @@ def _on_purpose(trace: TracebackType | None) -> bool:
     return bool(ours) and (
         modules[-1] == ours[-1] or ours[-1].startswith((f"{PACKAGE}.factory", f"{PACKAGE}.cli"))
     )
+
+
+def _while_reading(trace: TracebackType | None) -> bool:
+    """Whether an error comes from those that read options and write them down."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(trace)]
+    readers = ("argparse", "copy", "jsonargparse", "yaml", f"{PACKAGE}.factory")
+    prefixes = tuple(f"{reader}." for reader in readers)
+    return any(f"{module}.".startswith(prefixes) for module in modules[-9:])
 
 
 def _names(arguments: str) -> list[str]:

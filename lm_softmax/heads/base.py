@@ -53,7 +53,7 @@ class OutputHead(nn.Module, ABC):
     ) -> None:
         super().__init__()
         sizes = (hidden_size, vocab_size)
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        if not all(map(is_size, sizes)):
             raise ValueError(
                 f"hidden_size and vocab_size must be whole numbers of at least 1,"
                 f" got {hidden_size} and {vocab_size}"
@@ -129,7 +129,7 @@ class OutputHead(nn.Module, ABC):
         Raises:
             ValueError: If `k` is not in `[1, vocab_size]`.
         """
-        if not (isinstance(k, int) and 1 <= k <= self.vocab_size):
+        if not (is_size(k) and k <= self.vocab_size):
             raise ValueError(f"k must be in [1, vocab_size={self.vocab_size}], got {k}")
         rows = self._flatten(hidden)
         found = [_stable_topk(self.log_prob(part), k) for part in self._row_chunks(rows)]
@@ -186,7 +186,10 @@ class OutputHead(nn.Module, ABC):
         """Update what is learned without gradients; `LanguageModel` calls it, so does your loop."""
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose gradients are sparse tensors: all of a head with `sparse`, else none."""
+        """Parameters whose gradients are sparse tensors: all of a head with `sparse`, else none.
+
+        A head with others overrides it; an `nn.Embedding` within speaks for itself by its `sparse`.
+        """
         return list(self.parameters()) if getattr(self, "sparse", False) else []
 
     def structure(self) -> dict[str, Any]:
@@ -267,6 +270,11 @@ class OutputHead(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Sizes, for `print(head)`."""
         return f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}"
+
+
+def is_size(value: object) -> bool:
+    """Whether a value is a whole number of at least 1, and not True."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_counts(counts: Tensor, vocab_size: int) -> None:

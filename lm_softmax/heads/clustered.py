@@ -1,4 +1,4 @@
-"""What the full and the adaptive softmax share: an exact loss by the cluster kernel."""
+"""What heads share whose distribution is that of clusters: an exact loss by their kernel."""
 
 import math
 from abc import abstractmethod

@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_softmax.heads import tree as trees
-from lm_softmax.heads.base import OutputHead, Reduction, TopK
-from lm_softmax.heads.clustered import dense_log_probs, log_frequencies, project, tied_weight
+from lm_softmax.heads.base import OutputHead, Reduction, TopK, is_size
+from lm_softmax.heads.clustered import tied_weight
 from lm_softmax.heads.cutoffs import resolve_cutoffs, zipf_counts
-from lm_softmax.kernels import Clusters, Tail, accumulation_dtype, cluster_loss, cluster_nll
+from lm_softmax.heads.word_classes import WordClasses, initial_biases, resolve_classes
+from lm_softmax.kernels import accumulation_dtype, autocast_off, cluster_loss, cluster_nll
 from lm_softmax.kernels.path_operations import path_nll
 from lm_softmax.kernels.paths import Tree
 from lm_softmax.kernels.tree_search import tree_topk
@@ -42,14 +43,17 @@ class HierarchicalSoftmax(OutputHead):
             biases start at the log-odds or log-probabilities they give.
         tree: "huffman" has the least expected path length, "balanced" halves the ranked ids,
             "classes" has two levels. Or a binary tree of your own: nested pairs of words such as
-            `[[0, 1], [2, 3]]`, or `(V - 1, 2)` children, where an entry below V is a word and
-            V + i is inner node i. Inner nodes are renumbered level by level from the root.
+            `[[0, 1], [2, 3]]`, or a tensor `(V - 1, 2)` of children, where an entry below V is a
+            word and V + i is inner node i; deep trees as a tensor, since configuration files
+            cannot nest as far. Inner nodes are renumbered level by level from the root.
         num_classes: How many classes at most, with `tree="classes"`; None is about `sqrt(V)`.
         cutoffs: Ids at which classes but the first begin, strictly increasing in
             `(0, vocab_size)`. "auto" gives each an equal share of the sum of `sqrt(count)`.
         bias: Whether each node, or word and class, has a bias.
         sparse: Whether gradients of the parameters are sparse tensors over the nodes that the batch
-            passes, on a binary tree.
+            passes, on a binary tree. Where shapes may not depend on the data, on an accelerator and
+            in compiled code, these have a row for each token and level of the tree: too many for
+            a deep one.
         label_smoothing: Must be 0: over all words it would need every node for every token.
         ignore_index: Target of positions that count for nothing.
 
@@ -70,7 +74,7 @@ class HierarchicalSoftmax(OutputHead):
         vocab_size: int,
         counts: Tensor | None = None,
         *,
-        tree: Literal["huffman", "balanced", "classes"] | Tensor | Sequence[Any] = "huffman",
+        tree: str | Sequence[Any] | Tensor = "huffman",
         num_classes: int | None = None,
         cutoffs: Literal["auto"] | Sequence[int] = "auto",
         bias: bool = True,
@@ -120,7 +124,7 @@ class HierarchicalSoftmax(OutputHead):
         cutoffs: Literal["auto"] | Sequence[int],
         bias: bool,
     ) -> None:
-        self.cutoffs = _resolve_classes(self.vocab_size, counts, num_classes, cutoffs)
+        self.cutoffs = resolve_classes(self.vocab_size, counts, num_classes, cutoffs)
         size = len(self.cutoffs) + 1
         self.register_buffer("class_starts", torch.tensor([0, *self.cutoffs]))
         self.weight = nn.Parameter(torch.empty(self.vocab_size, self.hidden_size))
@@ -130,11 +134,9 @@ class HierarchicalSoftmax(OutputHead):
         self.bias = nn.Parameter(torch.zeros(self.vocab_size)) if bias else None
         self.class_bias = nn.Parameter(torch.zeros(size)) if bias else None
         if self.bias is not None and self.class_bias is not None and counts is not None:
-            parts = torch.split(log_frequencies(counts), self._class_sizes())
-            masses = [part.logsumexp(0, keepdim=True) for part in parts]
-            self.class_bias.data.copy_(torch.cat(masses))
-            shares = [part - mass for part, mass in zip(parts, masses, strict=True)]
-            self.bias.data.copy_(torch.cat(shares))
+            of_words, of_classes = initial_biases(counts, self.cutoffs)
+            self.bias.data.copy_(of_words)
+            self.class_bias.data.copy_(of_classes)
 
     def _derive(self, children: Tensor) -> None:
         """What follows from the tree, for a new head and a loaded one."""
@@ -144,24 +146,9 @@ class HierarchicalSoftmax(OutputHead):
             derived = getattr(shape, name).to(self.tree.device)
             self.register_buffer(name, derived, persistent=False)
 
-    def _class_sizes(self) -> list[int]:
-        borders = [0, *self.cutoffs, self.vocab_size]
-        return [right - left for left, right in pairwise(borders)]
-
-    def clusters(self) -> Clusters:
-        """The classes as the cluster kernel takes them: no short-list, tails of full width.
-
-        Raises:
-            ValueError: If the tree is binary.
-        """
-        if not self.has_classes:
-            raise ValueError("a binary tree has no clusters of words")
-        sizes = self._class_sizes()
-        biases = [None] * len(sizes) if self.bias is None else torch.split(self.bias, sizes)
-        tails = [
-            Tail(None, *tail) for tail in zip(torch.split(self.weight, sizes), biases, strict=True)
-        ]
-        return Clusters(self.weight[:0], self.class_weight, self.class_bias, tails)
+    def _classes(self) -> WordClasses:
+        assert self.class_weight is not None
+        return WordClasses(self.weight, self.bias, self.class_weight, self.class_bias, self.cutoffs)
 
     def log_prob(
         self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
@@ -169,11 +156,11 @@ class HierarchicalSoftmax(OutputHead):
         """See `OutputHead.log_prob`; with `target` only its path, or class, is computed."""
         if target is None:
             rows = self._flatten(hidden)
-            found = self._classes_log_probs(rows) if self.has_classes else self._leaves(rows)
+            found = self._classes().log_probs(rows) if self.has_classes else self._leaves(rows)
             return found.view(*hidden.shape[:-1], self.vocab_size)
         rows, flat, poison = self._flatten_with_target(hidden, target)
         if self.has_classes:
-            nll = cluster_nll(rows, flat, self.clusters(), None, self.ignore_index)
+            nll = cluster_nll(rows, flat, self._classes().clusters(), None, self.ignore_index)
         else:
             nll = path_nll(
                 rows,
@@ -197,47 +184,49 @@ class HierarchicalSoftmax(OutputHead):
         if not self.has_classes or reduction not in ("mean", "sum"):
             return super().loss(hidden, target, reduction=reduction)
         rows, flat, poison = self._flatten_with_target(hidden, target)
-        total = cluster_loss(rows, flat, self.clusters(), None, self.ignore_index) + poison
+        clusters = self._classes().clusters()
+        total = cluster_loss(rows, flat, clusters, None, self.ignore_index) + poison
         return total if reduction == "sum" else total / self._num_targets(target)
 
     def _leaves(self, rows: Tensor) -> Tensor:
-        """Log-probabilities of all words, level by level from the root."""
-        logits = project(rows, self.weight).to(accumulation_dtype(rows.dtype))
-        if self.bias is not None:
-            logits = logits + self.bias
-        above, words = logits[:, :0].sum(1, keepdim=True), []  # of the root, 0
-        start = 0
-        for size, below in pairwise([*self.level_sizes, 0]):
-            level = logits[:, start : start + size]
-            sides = (above + F.logsigmoid(level), above + F.logsigmoid(-level))
-            both = torch.stack(sides, 2).flatten(1)
-            slots = self.slots[2 * start : 2 * (start + size)]
-            words.append(both.index_select(1, slots[: 2 * size - below]))
-            above = both.index_select(1, slots[2 * size - below :])
-            start += size
-        return torch.cat(words, 1).index_select(1, self.order) if words else above
+        """Log-probabilities of all words, level by level from the root.
 
-    def _classes_log_probs(self, rows: Tensor) -> Tensor:
-        assert self.class_weight is not None
-        masses = dense_log_probs(rows, self.class_weight, self.class_bias, None)
-        logits = project(rows, self.weight).to(masses.dtype)
-        if self.bias is not None:
-            logits = logits + self.bias
-        parts = torch.split(logits, self._class_sizes(), 1)
-        each = zip(torch.split(masses, 1, 1), parts, strict=True)
-        return torch.cat([mass + torch.log_softmax(part, 1) for mass, part in each], 1)
+        Nodes are rows, for rows are cheap to pick. Products are those of `path_nll`, in at least
+        float32: a decision near the root is rounded for all words below it.
+        """
+        dtype = accumulation_dtype(torch.promote_types(rows.dtype, self.weight.dtype))
+        with autocast_off(rows):
+            logits = self.weight.to(dtype) @ rows.to(dtype).t()
+            if self.bias is not None:
+                logits = logits + self.bias.to(dtype).unsqueeze(1)
+            above, words = logits[:0].sum(0, keepdim=True), []  # of the root, 0
+            start = 0
+            for size, below in pairwise([*self.level_sizes, 0]):
+                level = logits[start : start + size]
+                sides = (above + F.logsigmoid(level), above + F.logsigmoid(-level))
+                both = torch.stack(sides, 1).flatten(0, 1)
+                slots = self.slots[2 * start : 2 * (start + size)]
+                words.append(both.index_select(0, slots[: 2 * size - below]))
+                above = both.index_select(0, slots[2 * size - below :])
+                start += size
+            del logits
+            found = torch.cat(words).index_select(0, self.order) if words else above
+            return found.t().contiguous()
 
     @torch.no_grad()
     def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
         """See `OutputHead.topk`; a binary tree is searched by branch and bound.
 
         The log-probability of a node bounds those of all words below it. Rows whose search would
-        open a large part of the tree are ranked as a whole.
+        open a large part of the tree, or meets nan, are ranked as a whole; nan in the row of a node
+        that no search opens is not seen.
         """
-        if self.has_classes or not (isinstance(k, int) and 1 <= k <= self.vocab_size):
+        if self.has_classes or not (is_size(k) and k <= self.vocab_size):
             return super().topk(hidden, k)
         rows = self._flatten(hidden)
-        values, indices, failed, _ = tree_topk(rows, self.weight, self.bias, self.tree, k)
+        parts = self._row_chunks(rows)
+        found = [tree_topk(part, self.weight, self.bias, self.tree, k)[:3] for part in parts]
+        values, indices, failed = map(torch.cat, zip(*found, strict=True))
         if failed.any():
             values[failed], indices[failed] = super().topk(rows[failed], k)
         shape = (*hidden.shape[:-1], k)
@@ -288,35 +277,11 @@ def _resolve_tree(
     return trees.huffman_tree(ranked)
 
 
-def _resolve_classes(
-    vocab_size: int,
-    counts: Tensor | None,
-    num_classes: int | None,
-    cutoffs: Literal["auto"] | Sequence[int],
-) -> list[int]:
-    if num_classes is not None and not (
-        isinstance(num_classes, int) and 1 <= num_classes <= vocab_size
-    ):
-        raise ValueError(f"num_classes must be in [1, vocab_size={vocab_size}], got {num_classes}")
-    if cutoffs != "auto":
-        ids = resolve_cutoffs(cutoffs, vocab_size)
-        if num_classes is not None and len(ids) >= num_classes:
-            raise ValueError(
-                f"cutoffs make {len(ids) + 1} classes, but num_classes={num_classes} is the most"
-            )
-        return ids
-    if num_classes is None:
-        num_classes = max(1, round(vocab_size**0.5))
-    ranked = zipf_counts(vocab_size) if counts is None else counts
-    return trees.class_starts(vocab_size, ranked, num_classes)
-
-
 def _derive_again(head: nn.Module, _: object) -> None:
     """After loading: the tree or the classes may be others than this head was built with."""
     assert isinstance(head, HierarchicalSoftmax)
-    if head.weight.is_meta:
-        return
-    if head.has_classes:
-        head.cutoffs = head.class_starts[1:].tolist()
-    else:
+    if head.has_classes and not head.class_starts.is_meta:
+        head.cutoffs = resolve_cutoffs(head.class_starts[1:].tolist(), head.vocab_size)
+    elif not head.has_classes and not head.tree.is_meta:
+        trees.check_saved(head.tree, head.vocab_size)
         head._derive(head.tree)

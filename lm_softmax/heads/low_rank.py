@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm_softmax.heads.base import OutputHead, is_size
 from lm_softmax.heads.clustered import (
     ClusteredHead,
     dense_log_probs,
@@ -13,7 +14,7 @@ from lm_softmax.heads.clustered import (
     project,
     tied_weight,
 )
-from lm_softmax.kernels import Clusters, Objective
+from lm_softmax.kernels import Clusters, Objective, autocast_off
 
 SVD_ROWS = 2**14  # of the output matrix that the decomposition holds in float64 at once
 
@@ -63,7 +64,7 @@ class LowRankSoftmax(ClusteredHead):
         )
         if rank is None:
             rank = max(hidden_size // 4, 1)
-        if not (isinstance(rank, int) and 1 <= rank <= hidden_size):
+        if not (is_size(rank) and rank <= hidden_size):
             raise ValueError(f"rank must be in [1, hidden_size={hidden_size}], got {rank}")
         self.rank = rank
         self.projection = nn.Parameter(torch.empty(rank, hidden_size))
@@ -117,9 +118,12 @@ class LowRankSoftmax(ClusteredHead):
             rank: Width of the new rows.
 
         Raises:
-            ValueError: If `head` has tail clusters or other inputs, or `rank` is out of range.
+            ValueError: If `head` has tail clusters, other inputs or rows that are not finite, or
+                `rank` is out of range.
         """
         rows, _, bias, _ = _dense_rows(head)
+        if not rows.isfinite().all():
+            raise ValueError(f"the output rows of {type(head).__name__} must be finite")
         objective = head.objective
         made = cls(
             head.hidden_size,
@@ -133,8 +137,10 @@ class LowRankSoftmax(ClusteredHead):
         ).to(rows)
         values, vectors = _right_singular(rows)
         vectors = vectors[:rank]
-        roots = values[:rank].sqrt()
-        roots = roots.where(roots > 0, 1)  # rows of a lower rank: nothing to share
+        # rows of a lower rank: nothing to share, and a direction that is rounding alone would
+        # never train, because the gradient of each factor is a multiple of the other
+        least = values[0] * torch.finfo(torch.float64).eps * max(rows.shape)
+        roots = values[:rank].where(values[:rank] > least, 1).sqrt()
         made.projection.copy_(roots.unsqueeze(1) * vectors)
         for own, part in zip(*(torch.split(m, SVD_ROWS) for m in (made.weight, rows)), strict=True):
             own.copy_(part.to(vectors) @ vectors.t() / roots)
@@ -149,8 +155,11 @@ class LowRankSoftmax(ClusteredHead):
 
 def _dense_rows(head: ClusteredHead) -> Clusters:
     """The clusters of a head, with one row a word over `hidden` itself."""
+    if not isinstance(head, OutputHead):
+        raise ValueError(f"from_full takes an output head, got {type(head).__name__}")
     if isinstance(head, LowRankSoftmax):
-        return head.clusters()._replace(weight=head.weight @ head.projection)
+        with autocast_off(head.weight):
+            return head.clusters()._replace(weight=head.weight @ head.projection)
     if not isinstance(head, ClusteredHead) or type(head)._inputs is not ClusteredHead._inputs:
         kind = "inputs of its own"
     elif head.clusters().tails:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_softmax.heads.base import OutputHead, Reduction
+from lm_softmax.heads.base import OutputHead, Reduction, is_size
 from lm_softmax.heads.clustered import (
     check_objective,
     dense_log_probs,
@@ -37,7 +37,8 @@ class MixtureOfSoftmaxes(OutputHead):
 
     The log-probabilities of a single softmax, word by context, are a matrix of rank
     `hidden_size + 2` at most; those of a mixture are not. A training step costs `num_experts` times
-    that of a full softmax, its memory no more than one.
+    that of a full softmax. It holds the logits of one chunk, as that does (of two with smoothing),
+    and beside them the experts' inputs and their gradients, `(N, num_experts, expert_size)`.
 
     Source: Yang et al. 2018, "Breaking the softmax bottleneck: a high-rank RNN language model",
     equation (5) and section 3; they mix probabilities, here they are mixed in log space.
@@ -76,7 +77,7 @@ class MixtureOfSoftmaxes(OutputHead):
         self.objective = check_objective(Objective(softcap, label_smoothing))
         if expert_size is None:
             expert_size = hidden_size
-        if not all(isinstance(size, int) and size >= 1 for size in (num_experts, expert_size)):
+        if not (is_size(num_experts) and is_size(expert_size)):
             raise ValueError(
                 f"num_experts and expert_size must be whole numbers of at least 1,"
                 f" got {num_experts} and {expert_size}"
@@ -137,11 +138,10 @@ class MixtureOfSoftmaxes(OutputHead):
             rows = rows.masked_fill((target == self.ignore_index).unsqueeze(1), 0)
         dtype = product_dtype(rows, self.projection)
         with autocast_off(rows):
-            rows = rows.to(dtype)
+            exact = accumulation_dtype(dtype)  # a small product, and log-probabilities add it up
+            log_prior = torch.log_softmax(F.linear(rows.to(exact), self.prior.to(exact)), -1)
             bias = self.projection_bias.to(dtype)
-            inputs = torch.tanh(F.linear(rows, self.projection.to(dtype), bias))
-            prior = F.linear(rows, self.prior.to(dtype)).to(accumulation_dtype(dtype))
-            log_prior = torch.log_softmax(prior, -1)
+            inputs = torch.tanh(F.linear(rows.to(dtype), self.projection.to(dtype), bias))
         shape = (rows.shape[0], self.num_experts, self.expert_size)
         return inputs.view(shape), Mixture(log_prior, self.weight, self.bias)
 

@@ -1,13 +1,14 @@
 """Noise-contrastive estimation and negative sampling."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lm_softmax.heads.negatives import Comparison, NegativesHead
-from lm_softmax.heads.noise import NoiseKind
+from lm_softmax.heads.noise import NoiseKind, is_real
 from lm_softmax.kernels.negatives import NO_HIT
 
 
@@ -43,10 +44,13 @@ class NCE(NegativesHead):
         objective: "nce", or "negative_sampling" without log-partition and correction.
         log_partition: The constant `c`, or "learned" for one scalar parameter; for "nce" only. None
             is 0 with a bias, else the logarithm of the number of words, where "learned" starts too.
+            It has the head's dtype: in bfloat16 small steps of a learned one are lost.
         bias: Whether each word has a bias.
         softcap: Logits become `softcap * tanh(logits / softcap)`, in `log_prob` as well.
         sparse: Whether gradients of `loss` by weight and bias are sparse tensors, which hold the
             rows of targets and negatives alone, for optimizers that take them (Adagrad).
+            `DistributedDataParallel` by itself does not reduce sparse gradients of a head's own
+            parameters; `LanguageModel` arranges it.
         label_smoothing: Must be 0: over all words it would need the logits of all.
         ignore_index: Target of positions that count for nothing.
 
@@ -61,7 +65,7 @@ class NCE(NegativesHead):
         counts: Tensor | None = None,
         *,
         num_samples: int | None = None,
-        noise: NoiseKind | Tensor = "unigram",
+        noise: NoiseKind | Tensor | Sequence[float] = "unigram",
         noise_power: float = 1.0,
         unique: bool = True,
         objective: Literal["nce", "negative_sampling"] = "nce",
@@ -97,10 +101,12 @@ class NCE(NegativesHead):
         self.log_partition: nn.Parameter | float
         if log_partition == "learned":
             self.log_partition = nn.Parameter(torch.full((1,), start))
-        elif isinstance(log_partition, str) or not math.isfinite(log_partition or 0):
-            raise ValueError(f'log_partition must be a number or "learned", got {log_partition!r}')
+        elif log_partition is None:
+            self.log_partition = start
+        elif is_real(log_partition) and math.isfinite(log_partition):
+            self.log_partition = float(log_partition)
         else:
-            self.log_partition = start if log_partition is None else float(log_partition)
+            raise ValueError(f'log_partition must be a number or "learned", got {log_partition!r}')
         self._start_bias(counts)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """What sampled softmax and NCE share: a full softmax trained on the target and a few negatives."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from lm_softmax.heads.clustered import (
 )
 from lm_softmax.heads.noise import Noise, NoiseKind
 from lm_softmax.kernels import Clusters, Objective, accumulation_dtype, autocast_off, product_dtype
+from lm_softmax.kernels.look_up import look_up
 from lm_softmax.kernels.negatives import IGNORED, Negatives, negatives_loss, negatives_nll
 
 NUM_SAMPLES = 1024  # by default, or half of a small vocabulary
@@ -28,7 +30,7 @@ class Comparison(NamedTuple):
     ids: Tensor  # (num_samples,): the negatives
     offset: Tensor  # (num_samples,), added to their logits
     of_target: Tensor  # (N,), added to the logit of each target
-    slot: Tensor  # (N,): the negative that is masked because it is the target, or NO_HIT
+    slot: Tensor  # (N,): the negative that takes no part with the target, or NO_HIT
     logistic: bool  # whether each word is a decision of its own, instead of one softmax
 
 
@@ -63,7 +65,7 @@ class NegativesHead(ClusteredHead):
         counts: Tensor | None,
         *,
         num_samples: int | None,
-        noise: NoiseKind | Tensor,
+        noise: NoiseKind | Tensor | Sequence[float],
         noise_power: float,
         unique: bool,
         bias: bool,
@@ -136,26 +138,28 @@ class NegativesHead(ClusteredHead):
         self, rows: Tensor, target: Tensor, comparison: Comparison, dtype: torch.dtype
     ) -> Negatives:
         """Logits of the targets, and the rows and biases that make those of the negatives."""
-        ids = torch.cat([target, comparison.ids])  # two look-ups had two gradients to add
-        weights, exact = self._look_up(self.weight, ids), accumulation_dtype(dtype)
-        of_target, of_negatives = weights.tensor_split([len(target)])
+        exact = accumulation_dtype(dtype)
+        of_target, of_negatives = self._look_up(self.weight, target, comparison.ids)
         logits, bias = torch.linalg.vecdot(rows, of_target.to(exact)), None
         if self.bias is not None:
-            biases = self._look_up(self.bias, ids).to(exact)
-            of_target, bias = biases.tensor_split([len(target)])
-            logits = logits + of_target
+            of_target, bias = self._look_up(self.bias, target, comparison.ids)
+            logits, bias = logits + of_target.to(exact), bias.to(exact)
         if (cap := self.objective.softcap) is not None:
             logits = cap * torch.tanh(logits / cap)
         logits = logits + comparison.of_target.to(exact)
         return Negatives(logits, of_negatives, comparison.offset.to(exact), bias)
 
-    def _look_up(self, parameter: Tensor, ids: Tensor) -> Tensor:
-        """`parameter[ids]`, with the gradient that the head gives."""
-        if not self.sparse and parameter.dtype.itemsize < torch.float32.itemsize:
-            return cast(Tensor, _LookUp.apply(parameter, ids))  # type: ignore[no-untyped-call]
-        if parameter.dim() == 1:
-            return torch.gather(parameter, 0, ids, sparse_grad=self.sparse)
-        return F.embedding(ids, parameter, sparse=self.sparse)
+    def _look_up(
+        self, parameter: Tensor, target: Tensor, negatives: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`parameter[target]` and `parameter[negatives]`, with the gradient that the head gives."""
+        if self.sparse or parameter.dtype.itemsize < torch.float32.itemsize:
+            found = look_up(parameter, target, negatives, self.sparse)
+            return cast(tuple[Tensor, Tensor], found)
+        ids = torch.cat([target, negatives])  # two look-ups had two gradients to add
+        rows = parameter.gather(0, ids) if parameter.dim() == 1 else F.embedding(ids, parameter)
+        of_target, of_negatives = rows.tensor_split([len(target)])
+        return of_target, of_negatives
 
     def clusters(self) -> Clusters:
         """One cluster, that of the full softmax."""
@@ -185,25 +189,10 @@ class NegativesHead(ClusteredHead):
         return [p for p in (self.weight, self.bias) if p is not None] if self.sparse else []
 
     def structure(self) -> dict[str, Any]:
-        """The number of negatives; the noise itself is in the state_dict."""
-        return {"num_samples": self.num_samples}
+        """The number of negatives, and given noise."""
+        given = self.noise.given
+        return {"num_samples": self.num_samples} | ({} if given is None else {"noise": given})
 
     def extra_repr(self) -> str:
         """Sizes, for `print(head)`."""
         return f"{super().extra_repr()}, sparse={self.sparse}"
-
-
-class _LookUp(torch.autograd.Function):
-    """Entries of a low-precision parameter as float32, whose gradients are summed as that."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype = parameter.shape, parameter.dtype
-        return parameter[ids].float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (ids,) = ctx.saved_tensors
-        total = gradient.new_zeros(ctx.shape).index_add_(0, ids, gradient)
-        return total.to(ctx.dtype), None

@@ -6,12 +6,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lm_softmax.heads.clustered import ClusteredHead
 from lm_softmax.kernels import accumulation_dtype, autocast_off
 
 DISTANCE_BYTES = 2**22  # of distances held at once
 SVD_ROWS = 2**14  # of the matrix that a decomposition holds in float64 at once
 SEEDED_ROWS = 64  # a centroid: k-means++ chooses among this many times as many rows
 REFILL_ERRORS = 1e-6  # relative to a part's square: below it there is nothing to gain
+
+
+def output_rows(head: ClusteredHead) -> tuple[Tensor, Tensor | None]:
+    """Output rows and bias of a head with one row a word over `hidden` itself."""
+    if not isinstance(head, ClusteredHead):
+        raise ValueError(f"from_full takes a full softmax, got {type(head).__name__}")
+    clusters = head.clusters()
+    if clusters.tails or type(head)._inputs is not ClusteredHead._inputs:
+        kind = f"{len(clusters.tails)} tail clusters" if clusters.tails else "inputs of its own"
+        raise ValueError(
+            f"from_full takes a head with one row of hidden_size={head.hidden_size} a word,"
+            f" got {type(head).__name__} with {kind}"
+        )
+    if not clusters.weight.isfinite().all():
+        raise ValueError(f"the output rows of {type(head).__name__} must be finite")
+    return clusters.weight, clusters.bias
+
+
+def check_kmeans(iterations: int, seed: int) -> None:
+    """ValueError if an option of `kmeans` is out of range."""
+    whole = [isinstance(n, int) and not isinstance(n, bool) for n in (iterations, seed)]
+    if not (whole[0] and iterations >= 0):
+        raise ValueError(f"iterations must be a whole number of at least 0, got {iterations}")
+    if not (whole[1] and 0 <= seed < 2**64):
+        raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed}")
 
 
 def code_dtype(size: int) -> torch.dtype:
@@ -144,7 +170,8 @@ def kmeans(
         own = points.view(size, num_codebooks, -1).transpose(0, 1).clone()
         ids = torch.arange(size, device=points.device).unsqueeze(1)
         return own, ids.expand(size, num_codebooks).clone()
-    centroids = _seeds(points, num_codebooks, size, torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    centroids = _seeds(points, num_codebooks, size, generator)
     codes, errors = assign(points, centroids)
     for _ in range(iterations):
         before = codes.clone()
@@ -159,12 +186,13 @@ def kmeans(
 def _seeds(points: Tensor, num_codebooks: int, size: int, generator: torch.Generator) -> Tensor:
     """Parts chosen one after another, in proportion to the squared distance to the chosen ones."""
     num = min(points.shape[0], SEEDED_ROWS * size)
-    chosen = torch.randperm(points.shape[0], generator=generator)[:num].to(points.device)
+    chosen = torch.randperm(points.shape[0], generator=generator, device="cpu")[:num]
+    chosen = chosen.to(points.device)
     parts = points[chosen].view(num, num_codebooks, -1).transpose(0, 1).contiguous()
     books = torch.arange(num_codebooks, device=points.device)
     seeds = parts.new_empty(num_codebooks, size, parts.shape[2])
     distances = parts.new_full((num_codebooks, num), torch.inf)
-    weights = torch.ones(num_codebooks, num)
+    weights = torch.ones(num_codebooks, num, device="cpu")  # where the generator is
     for index in range(size):
         drawn = torch.multinomial(weights, 1, generator=generator).squeeze(1)
         seeds[:, index] = parts[books, drawn.to(points.device)]
@@ -201,10 +229,12 @@ def balanced_order(variances: Tensor, num_groups: int) -> Tensor:
     """Falling variances in groups of equal size and about equal product, group after group.
 
     The next one goes to the group of the smallest product that is not full (Ge et al. 2013, section
-    3.2.3).
+    3.2.3), in units of the smallest variance: the order does not depend on the scale.
     """
-    size = len(variances) // num_groups
-    logs = variances.clamp(min=variances[0] * 1e-12 + 1e-300).log().tolist()
+    size, device = len(variances) // num_groups, variances.device
+    variances = variances.double()
+    least = variances[-1].clamp(min=variances[0] * 1e-12 + 1e-300)
+    logs = (variances / least).clamp(min=1).log().tolist()  # none below that of an empty group
     groups: list[list[int]] = [[] for _ in range(num_groups)]
     products = [0.0] * num_groups
     for index, value in enumerate(logs):
@@ -212,4 +242,4 @@ def balanced_order(variances: Tensor, num_groups: int) -> Tensor:
         group = min(open_groups, key=lambda g: products[g])
         groups[group].append(index)
         products[group] += value
-    return torch.tensor([index for group in groups for index in group])
+    return torch.tensor([index for group in groups for index in group], device=device)

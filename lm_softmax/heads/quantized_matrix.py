@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_softmax.heads.base import is_size
 from lm_softmax.heads.quantize import assign, code_dtype, refill
 from lm_softmax.kernels import ProductCode, code_rows
 from lm_softmax.kernels.dense import reads_are_cheap
+
+LATENT_NOISE = 0.5  # of the rows' range: how far at most latent rows start from them
 
 
 class QuantizedMatrix(nn.Module):
@@ -20,6 +23,7 @@ class QuantizedMatrix(nn.Module):
     gradient is that of the rows (the straight-through estimator of Bengio et al. 2013, section
     4); `reassign` gives each part of a latent row its nearest centroid. A matrix of no more rows
     than centroids is exact: each row has centroids of its own, and there is nothing to learn.
+    Codes start at random, latent rows near the rows themselves, so that no search is needed.
 
     Args:
         num_rows: Number of rows.
@@ -27,7 +31,7 @@ class QuantizedMatrix(nn.Module):
         num_codebooks: M, which divides `width`.
         codebook_size: Centroids a codebook; more than rows would be of no use and are not made.
         learn_codes: Whether there is a latent matrix; else codes stay what they are.
-        bound: Entries start uniform in `[-bound, bound]`.
+        bound: Entries of the rows start uniform in `[-bound, bound]`.
     """
 
     codes: Tensor
@@ -45,14 +49,16 @@ class QuantizedMatrix(nn.Module):
         super().__init__()
         size = min(codebook_size, num_rows)
         part_width = width // num_codebooks
+        centroids = torch.empty(num_codebooks, size, part_width).uniform_(-bound, bound)
+        codes = _spread_codes(num_rows, num_codebooks, size)
         self.latent = None
         if learn_codes and num_rows > size:
-            self.latent = nn.Parameter(torch.empty(num_rows, width).uniform_(-bound, bound))
-            centroids = _some_parts(self.latent.detach(), num_codebooks, size)
-            codes, _ = assign(self.latent.detach(), centroids)
-        else:
-            centroids = torch.empty(num_codebooks, size, part_width).uniform_(-bound, bound)
-            codes = _spread_codes(num_rows, num_codebooks, size)
+            noise = LATENT_NOISE * bound
+            latent = torch.empty(num_rows, width).uniform_(-noise, noise)
+            code = ProductCode(centroids, codes)
+            for part in code.chunks():
+                latent[part] += code_rows(code, part=part)
+            self.latent = nn.Parameter(latent)
         self.centroids = nn.Parameter(centroids)
         self.register_buffer("codes", codes.to(code_dtype(size)))
 
@@ -69,16 +75,19 @@ class QuantizedMatrix(nn.Module):
     def reassign(self) -> None:
         """Codes of the nearest centroids to the latent rows, and work for centroids without any.
 
-        A function of the state alone: ranks of equal parameters keep equal codes.
+        A function of the state alone: ranks of equal parameters keep equal codes. Where the latent
+        matrix is frozen the codes stay, and frozen centroids do not move.
         """
-        if self.latent is None:
+        if self.latent is None or not self.latent.requires_grad:
             return
         latent, centroids = _whole(self.latent), _whole(self.centroids)
         codes, errors = assign(latent, centroids)
         num_codebooks, size, _ = centroids.shape
         num_members = torch.zeros(num_codebooks, size, dtype=torch.int64, device=codes.device)
         num_members.scatter_add_(1, codes.t(), torch.ones_like(codes).t())
-        if not reads_are_cheap(codes) or (num_members == 0).any():
+        if self.centroids.requires_grad and not (
+            reads_are_cheap(codes) and (num_members > 0).all()
+        ):
             refill(latent, codes, errors, centroids, num_members)
             _write(self.centroids, centroids)
         self.codes.copy_(codes)
@@ -99,13 +108,6 @@ def _write(parameter: nn.Parameter, values: Tensor) -> None:
     parameter.copy_(values)
 
 
-def _some_parts(rows: Tensor, num_codebooks: int, size: int) -> Tensor:
-    """Parts of other rows for each codebook, drawn without replacement: `(M, size, s)`."""
-    parts = rows.view(rows.shape[0], num_codebooks, -1)
-    drawn = (torch.randperm(rows.shape[0], device=rows.device) for _ in range(num_codebooks))
-    return torch.stack([parts[order[:size], book] for book, order in enumerate(drawn)])
-
-
 def _spread_codes(num_rows: int, num_codebooks: int, size: int) -> Tensor:
     """Random codes: of `size` rows in succession, no two share a centroid.
 
@@ -116,11 +118,34 @@ def _spread_codes(num_rows: int, num_codebooks: int, size: int) -> Tensor:
     return torch.stack([column[:num_rows] for column in columns], 1)
 
 
+def quantized_factors(
+    widths: list[int],
+    num_codebooks: list[int],
+    *,
+    codebook_size: int,
+    learn_codes: bool,
+) -> list[QuantizedMatrix]:
+    """Matrices from each width to the next one; all but the last keep the variance of inputs."""
+    factors: list[QuantizedMatrix] = []
+    for num, (width, num_rows) in zip(num_codebooks, pairwise(widths), strict=True):
+        inner = len(factors) < len(num_codebooks) - 1
+        factor = QuantizedMatrix(
+            num_rows,
+            width,
+            num_codebooks=num,
+            codebook_size=codebook_size,
+            learn_codes=learn_codes,
+            bound=(3 / width if inner else 1 / width) ** 0.5,
+        )
+        factors.append(factor)
+    return factors
+
+
 def checked_rank(rank: int | Sequence[int] | None, hidden_size: int) -> list[int]:
     """Widths after `hidden_size`, none wider than the one before."""
     ranks = [] if rank is None else list(rank) if isinstance(rank, Sequence) else [rank]
     for before, width in pairwise([hidden_size, *ranks]):
-        if not (isinstance(width, int) and 1 <= width <= before):
+        if not (is_size(width) and width <= before):
             raise ValueError(
                 f"rank must be widths from hidden_size={hidden_size} down to at least 1, none above"
                 f" the one before, got {rank}"
@@ -140,7 +165,7 @@ def checked_codebooks(num_codebooks: int | Sequence[int] | None, widths: list[in
             f" {widths}, got {numbers}"
         )
     for number, width in zip(numbers, widths, strict=True):
-        if not (isinstance(number, int) and number >= 1 and width % number == 0):
+        if not (is_size(number) and width % number == 0):
             raise ValueError(
                 f"num_codebooks must divide the width of the rows: got {number} for {width}"
             )

@@ -1,5 +1,7 @@
 """Sampled softmax: a full softmax trained on the target and a few negatives."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,16 +19,29 @@ class SampledSoftmax(NegativesHead):
         u = [s[n] - log(E(n)) for n in negatives if n != y]
         logsumexp([s[y] - log(P(y)), *u]) - (s[y] - log(P(y)))
 
-    where `P(y)` is the probability that `y` is drawn at all: one that was not the target would be
-    there as often. It equals `E(y)` where negatives are unique. So a word's weight does not
-    depend on whether it is there as the target or by chance, the loss has its optimum at the
-    distribution of the data, and with more samples its gradient approaches that of the full
-    softmax; with `num_samples=vocab_size` unique ones it is the full softmax. The number is not
-    a likelihood: compare `log_prob`, which is exact.
+    with replacement, where `P(y)` is the probability that `y` is drawn at all. Negatives of
+    `unique` are one of each stratum (see `Noise`), `E` is the probability that a word is drawn, and
+    the target takes the place of the one of its own stratum:
 
-    Source: Bengio and Senecal 2008, "Adaptive importance sampling to accelerate training of a
-    neural probabilistic language model", section III; Jean et al. 2015, "On using very large target
-    vocabulary for neural machine translation", sections 3.1 and 3.2.
+        u = [s[n] - log(E(n)) for n in negatives if stratum(n) != stratum(y)]
+        logsumexp([s[y] - log(E(y)), *u]) - (s[y] - log(E(y)))
+
+    Of all pairs of target and negatives that have the same words, one of each stratum, the target
+    is then `w` in proportion to `p(w) / E(w)`: the optimum of the expected loss is exactly the
+    distribution of the data, for any number of samples. (A single negative has one stratum, and
+    takes part unless it is the target: with the same optimum.) With replacement it is so
+    approximately, and better with more samples, as negatives that are the target are left out. As
+    their number grows the gradient approaches that of the full softmax, and unique ones of
+    `num_samples=vocab_size` are the full softmax. The number is not a likelihood: compare
+    `log_prob`, which is exact.
+
+    Source: negatives weighted by the inverse of their probability: Bengio and Senecal 2008,
+    "Adaptive importance sampling to accelerate training of a neural probabilistic language model",
+    section III; Jean et al. 2015, "On using very large target vocabulary for neural machine
+    translation", sections 3.1 and 3.2. That the target is weighted so too: TensorFlow's "Candidate
+    Sampling Algorithms Reference", where candidates are the target and all draws, which differ
+    because they are redrawn; here one draw of each stratum, so that `E` is exact, and the target in
+    place of one of them.
 
     Args:
         hidden_size: Width of `hidden`.
@@ -42,6 +57,8 @@ class SampledSoftmax(NegativesHead):
         softcap: Logits become `softcap * tanh(logits / softcap)`, in `log_prob` as well.
         sparse: Whether gradients of `loss` by weight and bias are sparse tensors, which hold the
             rows of targets and negatives alone, for optimizers that take them (Adagrad).
+            `DistributedDataParallel` by itself does not reduce sparse gradients of a head's own
+            parameters; `LanguageModel` arranges it.
         label_smoothing: Must be 0: over all words it would need the logits of all.
         ignore_index: Target of positions that count for nothing.
 
@@ -56,7 +73,7 @@ class SampledSoftmax(NegativesHead):
         counts: Tensor | None = None,
         *,
         num_samples: int | None = None,
-        noise: NoiseKind | Tensor = "unigram",
+        noise: NoiseKind | Tensor | Sequence[float] = "unigram",
         noise_power: float = 1.0,
         unique: bool = True,
         bias: bool = True,
@@ -81,16 +98,17 @@ class SampledSoftmax(NegativesHead):
         )
 
     def _compare(self, target: Tensor) -> Comparison:
-        """Negatives in ascending order, so that a hit is found by binary search."""
-        ids = self.noise.draw()
-        if not self.noise.unique:
-            ids = ids.sort().values
-        offset = -self.noise.log_expected_counts(ids)
-        if not self.noise.unique:
-            offset = offset + _copies(ids).to(offset.dtype).log()
+        ids, noise = self.noise.draw(), self.noise
+        of_target = -noise.log_inclusion(target)
+        if noise.unique and self.num_samples > 1:
+            offset, slot = -noise.log_expected_counts(ids), noise.stratum(target)
+            return Comparison(ids, offset, of_target, slot, logistic=False)
+        ids = ids.sort().values  # so that a hit is found by binary search
+        expected = noise.log_expected_counts(ids)
+        offset = _copies(ids).to(expected.dtype).log() - expected
         column = torch.searchsorted(ids, target).clamp(max=len(ids) - 1)
         slot = column.masked_fill(ids[column] != target, NO_HIT)
-        return Comparison(ids, offset, -self.noise.log_inclusion(target), slot, logistic=False)
+        return Comparison(ids, offset, of_target, slot, logistic=False)
 
 
 def _copies(ids: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MOST_INT32 = 2**30  # words up to which 2 * parent + side fits int32
+
 
 class TreeShape(NamedTuple):
-    """What is derived from the children."""
+    """What is derived from the children: int32 where it fits, else int64."""
 
     up: Tensor  # (2V - 1,): 2 * parent + side of each word and inner node; -1 for the root
     depth: Tensor  # (V,): inner nodes on the way to each word
@@ -132,6 +134,11 @@ def _children_of_pairs(tree: Sequence[Any] | int, vocab_size: int) -> Tensor:
             words.append(pair)
             value = pair
         elif isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2:
+            if len(rows) == vocab_size - 1:  # one more: a pair may hold itself, without end
+                raise ValueError(
+                    f"a tree over {vocab_size} words has {vocab_size - 1} pairs, but this one has"
+                    " more, or a pair is in it twice"
+                )
             value = vocab_size + len(rows)
             rows.append([0, 0])
             waiting += [(pair[0], rows[-1], 0), (pair[1], rows[-1], 1)]
@@ -142,6 +149,13 @@ def _children_of_pairs(tree: Sequence[Any] | int, vocab_size: int) -> Tensor:
             row[side] = value
     _check_words(torch.tensor(words, device="cpu").bincount(minlength=vocab_size))
     return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
+
+
+def check_saved(children: Tensor, vocab_size: int) -> None:
+    """ValueError if a loaded tree is not one, or its inner nodes are in another order."""
+    children = children.cpu()
+    if not given_tree(children, vocab_size).equal(children):
+        raise ValueError("the inner nodes of a loaded tree must be numbered level by level")
 
 
 def by_level(children: Tensor, vocab_size: int, root: int) -> Tensor:
@@ -196,7 +210,9 @@ def shape_of(children: Tensor) -> TreeShape:
         size = below.numel() - words_here.numel()
     order = torch.empty(vocab_size, dtype=torch.int64, device="cpu")
     order[torch.cat(words)] = torch.arange(vocab_size, device="cpu")
-    return TreeShape(up, depth, order, torch.cat(slots), level_sizes)
+    whole = torch.int32 if vocab_size <= MOST_INT32 else torch.int64
+    slot = torch.cat(slots).to(whole)
+    return TreeShape(up.to(whole), depth.to(whole), order.to(whole), slot, level_sizes)
 
 
 def node_log_odds(children: Tensor, counts: Tensor) -> Tensor:
@@ -205,7 +221,8 @@ def node_log_odds(children: Tensor, counts: Tensor) -> Tensor:
     As biases they give the unigram distribution where `hidden` is 0.
     """
     num_nodes = children.shape[0]
-    mass = torch.cat([counts.double().cpu(), torch.zeros(num_nodes, dtype=torch.float64)])
+    inner = torch.zeros(num_nodes, dtype=torch.float64, device="cpu")
+    mass = torch.cat([counts.to("cpu", torch.float64), inner])
     stop = num_nodes
     for size in reversed(shape_of(children).level_sizes):
         start = stop - size
@@ -213,16 +230,3 @@ def node_log_odds(children: Tensor, counts: Tensor) -> Tensor:
         stop = start
     left, right = mass[children].log().unbind(1)
     return left - right
-
-
-def class_starts(vocab_size: int, counts: Tensor, num_classes: int) -> list[int]:
-    """Ids at which classes begin, without the first: equal shares of the sum of sqrt(count).
-
-    Square roots of counts, not counts, lest the first classes hold one word each and the last a
-    tenth of the vocabulary. A word with more than a share is a class: there may be fewer classes.
-    """
-    covered = counts.to("cpu", torch.float64).clamp(min=1).sqrt().cumsum(0)
-    shares = torch.arange(1, num_classes, device="cpu").double() * covered[-1] / num_classes
-    shares *= 1 - 1e-9  # a border that is reached up to rounding is reached
-    ids = torch.unique(torch.searchsorted(covered, shares) + 1).tolist()
-    return [start for start in ids if start < vocab_size]

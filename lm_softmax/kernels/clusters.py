@@ -39,6 +39,8 @@ class Clusters(NamedTuple):
 
     def flatten(self) -> list[Tensor]:
         """All tensors in a fixed order, as a registered operation wants them."""
+        projected = [tail.projection is not None for tail in self.tails]
+        assert all(projected) or not any(projected), "projections are in all tails or in none"
         head = [self.weight, self.cluster_weight, self.bias]
         return [tensor for tensor in (*head, *sum(self.tails, ())) if tensor is not None]
 

@@ -93,7 +93,10 @@ def code_logits(
     """`F.linear(inputs, rows)` of all rows, `(N, n)`, in at least float32.
 
     Few tokens are scored from the table of their products with all centroids, many from rows that
-    are rebuilt chunk by chunk, whichever costs less; so is whatever autograd may differentiate.
+    are rebuilt chunk by chunk, whichever costs less. Whatever autograd may differentiate is scored
+    from rebuilt rows. The values are the same up to rounding: the table is summed in at least
+    float32, a product with rows of bfloat16 or float16 returns each logit in that dtype, as
+    `F.linear` does.
 
     Args:
         inputs: `(N, width)`.
@@ -154,16 +157,20 @@ def rebuilt_logits(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Ten
 def differentiable_logits(
     inputs: Tensor, code: ProductCode, latent: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The same for autograd, second derivatives too; backward rebuilds the rows of a chunk."""
+    """`rebuilt_logits` for autograd, second derivatives too; backward rebuilds a chunk's rows."""
 
     def product(inputs: Tensor, centroids: Tensor, of_part: Tensor | None, part: slice) -> Tensor:
         rows = code_rows(ProductCode(centroids, code.codes), of_part, part)
         return F.linear(inputs.to(dtype), rows.to(dtype)).to(accumulation_dtype(dtype))
 
     rebuild = partial(checkpoint, product, use_reentrant=False, preserve_rng_state=False)
+    chunks = code.chunks()
+    of_parts: Sequence[Tensor | None] = [None] * len(chunks)
+    if latent is not None:  # split, not sliced: each slice's gradient would be a whole matrix
+        of_parts = torch.split(latent, [part.stop - part.start for part in chunks])
     parts = [
-        rebuild(inputs, code.centroids, None if latent is None else latent[part], part)
-        for part in code.chunks()
+        rebuild(inputs, code.centroids, of_part, part)
+        for of_part, part in zip(of_parts, chunks, strict=True)
     ]
     return torch.cat(parts, -1)
 

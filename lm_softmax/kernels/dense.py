@@ -164,7 +164,7 @@ def dense_pass(
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         inputs = hidden[part].to(dtype)
-        loss[part], derivative = _row_losses(
+        loss[part], derivative = row_losses(
             inputs, rounded, target[part], objective, with_derivative=gradients is not None
         )
         if gradients is not None and derivative is not None:
@@ -172,7 +172,7 @@ def dense_pass(
             of_chunk = gradients._replace(
                 hidden=None if gradients.hidden is None else gradients.hidden[part]
             )
-            _add_gradients(derivative, inputs, blocks, own_scale, of_chunk, keep=start > 0)
+            add_gradients(derivative, inputs, blocks, own_scale, of_chunk, keep=start > 0)
     if gradients is not None:
         for buffer in (gradients.hidden, *gradients.blocks, gradients.bias):
             if buffer is not None and hidden.shape[0] == 0:
@@ -182,7 +182,7 @@ def dense_pass(
     return loss
 
 
-def _logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Tensor) -> Tensor:
+def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Tensor) -> Tensor:
     """Logits of a chunk written into `out`."""
     start = 0
     for block in matrix.blocks:
@@ -219,13 +219,13 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out=workspace("product", shape, left, left.dtype))
 
 
-def _row_losses(
+def row_losses(
     inputs: Tensor, matrix: Matrix, target: Tensor, objective: Objective, *, with_derivative: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of each row, and its derivative by the logits in the work buffer."""
     softcap, smoothing, z_loss = objective
     dtype, shape = accumulation_dtype(inputs.dtype), (inputs.shape[0], matrix.num_rows)
-    logits = _logits(inputs, matrix, softcap, workspace("logits", shape, inputs, dtype))
+    logits = chunk_logits(inputs, matrix, softcap, workspace("logits", shape, inputs, dtype))
     slope = None
     if softcap is not None and with_derivative:  # of tanh, 1 - tanh(a / softcap)**2
         slope = torch.div(logits, softcap, out=workspace("slope", shape, inputs, dtype))
@@ -269,7 +269,7 @@ def _softmax_in_place(
         probability = logits.gather(1, column).squeeze(1)
         nll, lost = -probability.log(), probability < UNDERFLOW
         if lost.any():
-            again = _logits(inputs[lost], matrix, softcap, torch.empty_like(logits[lost]))
+            again = chunk_logits(inputs[lost], matrix, softcap, torch.empty_like(logits[lost]))
             nll[lost] = torch.logsumexp(again, 1) - target_logit[lost]
         return nll
     largest = logits.amax(1)
@@ -279,7 +279,7 @@ def _softmax_in_place(
     return torch.where(probability < UNDERFLOW, lse - target_logit, -probability.log())
 
 
-def _add_gradients(
+def add_gradients(
     derivative: Tensor,
     inputs: Tensor,
     blocks: Sequence[Tensor],
@@ -305,13 +305,13 @@ def _add_gradients(
     for index, (block, buffer) in enumerate(zip(blocks, gradients.blocks, strict=True)):
         columns = left[:, start : start + block.shape[0]]
         if gradients.hidden is not None:
-            _accumulate(gradients.hidden, columns, block, keep=index > 0, alpha=1 / gain)
+            accumulate(gradients.hidden, columns, block, keep=index > 0, alpha=1 / gain)
         if buffer is not None:
-            _accumulate(buffer, columns.t(), rows, keep=keep, alpha=1 / gain)
+            accumulate(buffer, columns.t(), rows, keep=keep, alpha=1 / gain)
         start += block.shape[0]
 
 
-def _accumulate(out: Tensor, left: Tensor, right: Tensor, *, keep: bool, alpha: float) -> None:
+def accumulate(out: Tensor, left: Tensor, right: Tensor, *, keep: bool, alpha: float) -> None:
     """`out = alpha * left @ right`, plus what it held with `keep`."""
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=int(keep), alpha=alpha, out=out)

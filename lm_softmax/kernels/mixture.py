@@ -131,7 +131,7 @@ def _plain_losses(
     `prior_k p_k(y) / p(y)`.
     """
     wanted = target.repeat_interleave(log_prior.shape[1])
-    nll, derivative = dense._row_losses(
+    nll, derivative = dense.row_losses(
         rows, matrix, wanted, objective, with_derivative=with_derivative
     )
     joint = log_prior - nll.view_as(log_prior)
@@ -154,7 +154,7 @@ def _smoothed_losses(
     shape = (*log_prior.shape, matrix.num_rows)
     flat = (rows.shape[0], matrix.num_rows)
     dtype = log_prior.dtype
-    own = dense._logits(rows, matrix, softcap, workspace("logits", flat, rows, dtype))
+    own = dense.chunk_logits(rows, matrix, softcap, workspace("logits", flat, rows, dtype))
     slope = None
     if softcap is not None and with_derivative:  # of tanh, 1 - tanh(a / softcap)**2
         slope = torch.div(own, softcap, out=workspace("slope", flat, rows, dtype))
@@ -197,7 +197,7 @@ def _add_gradients(
         gradients.log_prior.index_copy_(0, tokens, -of_experts)
     row_scale = scale.unsqueeze(1).expand_as(of_experts) if chunk.weighted else of_experts
     of_rows = None if gradients.inputs is None else torch.empty_like(rows, dtype=scale.dtype)
-    dense._add_gradients(
+    dense.add_gradients(
         chunk.derivative,
         rows,
         [weight],

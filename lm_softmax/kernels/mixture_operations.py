@@ -53,7 +53,8 @@ def _options(
     inputs: Tensor, mixture: Mixture, objective: Objective | None, ignore_index: int
 ) -> tuple[bool, torch.dtype, int, float | None, float]:
     softcap, label_smoothing, z_loss = objective or Objective()
-    assert not z_loss, "a mixture has no one log-sum-exp"
+    if z_loss:
+        raise ValueError(f"a mixture has no one log-sum-exp: z_loss must be 0, got {z_loss}")
     dtype = product_dtype(inputs, mixture.weight)
     return mixture.bias is not None, dtype, ignore_index, softcap, label_smoothing
 

@@ -74,8 +74,8 @@ def negatives_nll(
 
     Args:
         hidden: `(N, width)`.
-        slot: `(N,)` int64: which negative takes no part because it is the target, or `NO_HIT`; or
-            `IGNORED`, of a row that costs nothing.
+        slot: `(N,)` int64: which negative takes no part, or `NO_HIT`; or `IGNORED`, of a row that
+            costs nothing.
         negatives: The words to compare with.
         dtype: Of the operands of the matrix products.
         softcap: Logits become `softcap * tanh(logits / softcap)` before the offset is added.
@@ -213,7 +213,7 @@ def _add_gradients(
         derivative.mul_(slope)
     matrix = gradients.of_matrix
     matrix = matrix._replace(hidden=None if matrix.hidden is None else matrix.hidden[part])
-    dense._add_gradients(derivative, inputs, blocks, None, matrix, keep=True)
+    dense.add_gradients(derivative, inputs, blocks, None, matrix, keep=True)
 
 
 def _logits(
@@ -224,7 +224,7 @@ def _logits(
     out, slope, bias = workspace("logits", shape, inputs, dtype), None, negatives.bias
     if softcap is None:  # then the two are one
         bias = negatives.offset if bias is None else bias + negatives.offset
-    dense._logits(inputs, Matrix([negatives.rows], bias), softcap, out)
+    dense.chunk_logits(inputs, Matrix([negatives.rows], bias), softcap, out)
     if softcap is not None:
         if with_slope:  # of tanh, 1 - tanh(a / softcap)**2
             slope = torch.div(out, softcap, out=workspace("slope", shape, inputs, dtype))

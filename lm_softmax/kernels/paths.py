@@ -4,7 +4,8 @@ A step is one inner node on the way of one token. Rows of nodes are never copied
 the scalar products of a step's node and token, and the sums of scaled rows over the steps of a
 token or of a node, are those that `embedding_bag` and its derivative are made of. On a CPU only
 real steps are made; elsewhere each token makes as many as the tree is deep, those past the root
-masked, so that no shape depends on the data.
+masked, so that no shape depends on the data, and a matrix in low precision is copied to float32 as
+a whole.
 """
 
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from torch import Tensor
 from lm_softmax.kernels.dense import accumulation_dtype, reads_are_cheap
 
 Sparse = tuple[Tensor, Tensor | None, Tensor | None]  # node ids, rows, biases
+CHUNK_BYTES = 2**24  # of rows that are copied out at once where the derivative is missing
+# The derivative of embedding_bag by the weights of its samples. It checks no bounds.
+_bag_derivative = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
 
 
 class Tree(NamedTuple):
@@ -36,16 +40,41 @@ class _Steps(NamedTuple):
 
 
 def row_products(rows: Tensor, weight: Tensor, row: Tensor, node: Tensor) -> Tensor:
-    """`(rows[row] * weight[node]).sum(1)` without the gathered matrices; `row` must not fall.
-
-    The derivative of `embedding_bag` by the weights of its samples is this, in one pass.
-    """
-    dtype = accumulation_dtype(torch.promote_types(rows.dtype, weight.dtype))
-    if weight.dtype != dtype:  # of the rows that are used alone
-        used, node = torch.unique(node, return_inverse=True)
-        weight = weight[used].to(dtype)
+    """`(rows[row] * weight[node]).sum(1)` in at least float32; `row` must not fall."""
+    rows, weight, node = _operands(rows, weight, node, may_read=True)
     start = torch.searchsorted(row, torch.arange(rows.shape[0], device=row.device))
-    return _products(rows.to(dtype).contiguous(), weight.contiguous(), node, start, row)
+    return _products(rows, weight, row, node, start)
+
+
+def _operands(
+    rows: Tensor, weight: Tensor, node: Tensor, may_read: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both matrices in at least float32, and the rows of the second that the nodes have there."""
+    dtype = accumulation_dtype(torch.promote_types(rows.dtype, weight.dtype))
+    if weight.dtype != dtype and may_read:  # only the rows that are used
+        used, node = torch.unique(node, return_inverse=True)
+        weight = weight[used]
+    return rows.to(dtype).contiguous(), weight.to(dtype).contiguous(), node
+
+
+def _products(rows: Tensor, weight: Tensor, row: Tensor, node: Tensor, start: Tensor) -> Tensor:
+    """`(rows[row] * weight[node]).sum(1)`, in one pass where there is an operation for it.
+
+    Args:
+        rows: `(N, width)`.
+        weight: `(M, width)` of the same dtype.
+        row: `(S,)`, not falling.
+        node: `(S,)`, which must be in range: nothing checks it.
+        start: `(N,)`, the first place of each row in `row`.
+    """
+    if not row.numel():
+        return rows.new_empty(row.shape)
+    if _bag_derivative is not None and rows.device.type in ("cpu", "cuda"):
+        products: Tensor = _bag_derivative(rows, weight, node, start, row, 0)
+        return products
+    size = max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
+    chunks = zip(torch.split(row, size), torch.split(node, size), strict=True)
+    return torch.cat([(rows[some] * weight[nodes]).sum(1) for some, nodes in chunks])
 
 
 def _steps(target: Tensor, kept: Tensor, tree: Tree) -> _Steps:
@@ -62,10 +91,10 @@ def _steps(target: Tensor, kept: Tensor, tree: Tree) -> _Steps:
     levels = torch.arange(int(longer[-1]) if longer.numel() else 0, device=target.device)
     walking = (target.shape[0] - torch.searchsorted(longer, levels, right=True)).tolist()
     place, at = start[order], word[order]
-    code = up.new_empty(int(length.sum()))
+    code = place.new_empty(int(length.sum()))
     for count in walking:
         place, at = place[:count], at[:count]
-        found = up[at]
+        found = up[at].long()
         code[place] = found
         place, at = place + 1, (found >> 1) + vocab_size
     token = torch.repeat_interleave(
@@ -76,9 +105,9 @@ def _steps(target: Tensor, kept: Tensor, tree: Tree) -> _Steps:
 
 def _padded_steps(word: Tensor, kept: Tensor, tree: Tree) -> _Steps:
     up, depth, max_depth = tree
-    codes, at = [up.new_empty(0, word.shape[0])], word
+    codes, at = [word.new_empty(0, word.shape[0])], word
     for _ in range(max_depth):
-        found = torch.where(at >= 0, up[at.clamp(min=0)], -1)
+        found = torch.where(at >= 0, up[at.clamp(min=0)].long(), -1)
         codes.append(found.unsqueeze(0))
         at = torch.where(found >= 0, (found >> 1) + depth.shape[0], -1)
     code = torch.cat(codes).t()
@@ -111,28 +140,14 @@ def follow(
     ignore_index: int,
 ) -> Pass:
     """Takes every step of every token."""
-    dtype = accumulation_dtype(torch.promote_types(hidden.dtype, weight.dtype))
     kept = target != ignore_index
     steps = _steps(target, kept, tree)
-    row = steps.node
-    if weight.dtype != dtype and reads_are_cheap(target):  # only the rows that are used
-        used, row = torch.unique(row, return_inverse=True)
-        weight = weight[used]
-    weight = weight.to(dtype).contiguous()
-    hidden = hidden.masked_fill(~kept.unsqueeze(1), 0).to(dtype).contiguous()
-    logit = _products(hidden, weight, row, steps.start, steps.token)
+    hidden = hidden.masked_fill(~kept.unsqueeze(1), 0)
+    hidden, weight, row = _operands(hidden, weight, steps.node, reads_are_cheap(target))
+    logit = _products(hidden, weight, steps.token, row, steps.start)
     if bias is not None:
-        logit = logit + bias[steps.node]
+        logit = logit + bias[steps.node].to(logit.dtype)
     return Pass(steps, logit * steps.sign, hidden, weight, row)
-
-
-def _products(hidden: Tensor, weight: Tensor, row: Tensor, start: Tensor, token: Tensor) -> Tensor:
-    """`(hidden[token] * weight[row]).sum(1)`."""
-    if not row.numel():
-        return hidden.new_empty(row.shape)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        hidden, weight, row, start, token, 0
-    )
 
 
 def bags(rows: Tensor, index: Tensor, start: Tensor, scale: Tensor) -> Tensor:

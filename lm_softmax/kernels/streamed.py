@@ -243,7 +243,7 @@ def _pass(
     for start in range(0, hidden.shape[0], size):
         part = slice(start, start + size)
         inputs = hidden[part].to(dtype)
-        losses[part], derivative = dense._row_losses(
+        losses[part], derivative = dense.row_losses(
             inputs, matrix, target[part], objective, with_derivative=buffers is not None
         )
         if buffers is not None and derivative is not None:
@@ -277,12 +277,12 @@ def _add_gradients(
     for index, part in enumerate(chunks.slices):
         columns = left[:, part]
         if buffers.hidden is not None:
-            dense._accumulate(buffers.hidden, columns, chunks[index], keep=True, alpha=1 / gain)
+            dense.accumulate(buffers.hidden, columns, chunks[index], keep=True, alpha=1 / gain)
         if buffers.latent is not None:
             of_rows = buffers.latent[part]
-            dense._accumulate(of_rows, columns.t(), tokens, keep=True, alpha=1 / gain)
+            dense.accumulate(of_rows, columns.t(), tokens, keep=True, alpha=1 / gain)
         elif buffers.centroids is not None:
             shape = columns.shape[1], inputs.shape[1]
             of_rows = workspace("of_rows", shape, derivative, derivative.dtype)
-            dense._accumulate(of_rows, columns.t(), tokens, keep=False, alpha=1 / gain)
+            dense.accumulate(of_rows, columns.t(), tokens, keep=False, alpha=1 / gain)
             chunks.code.add_rows(part, of_rows, buffers.centroids)

@@ -52,12 +52,18 @@ def naive_mixture(head, hidden):
 
 
 def naive_sampled(head, hidden, target):
-    """-log of the target's share in itself and the negatives that differ (SampledSoftmax)."""
+    """-log of the target's share in itself and the negatives of the other strata (SampledSoftmax).
+
+    With replacement, or one negative, those that differ from it instead.
+    """
     ids, (expected, included) = head.noise.draw(), _occurrences(head.noise)
     logits = _all_logits(head, hidden)
     of_target = logits.gather(-1, target.unsqueeze(-1)) - included[target].log().unsqueeze(-1)
     of_negatives = logits[..., ids] - expected[ids].log()
-    of_negatives = of_negatives.masked_fill(ids == target.unsqueeze(-1), -torch.inf)
+    kind = torch.arange(head.vocab_size)
+    if head.noise.borders is not None and len(ids) > 1:
+        kind = _strata_of_words(head.noise)
+    of_negatives = of_negatives.masked_fill(kind[ids] == kind[target].unsqueeze(-1), -torch.inf)
     losses = torch.cat([of_target, of_negatives], -1).logsumexp(-1) - of_target.squeeze(-1)
     return losses.to(logits.dtype)
 
@@ -81,8 +87,23 @@ def _occurrences(noise):
         missed = (1 - masses) ** noise.num_samples
         return masses * noise.num_samples, 1 - missed
     strata = masses.split(noise.borders.diff().tolist())
-    shares = torch.cat([stratum / stratum.sum() for stratum in strata])
+    shares = _by_word(noise, torch.cat([stratum / stratum.sum() for stratum in strata]))
     return shares, shares
+
+
+def _strata_of_words(noise):
+    sizes = noise.borders.diff()
+    return _by_word(noise, torch.arange(len(sizes)).repeat_interleave(sizes))
+
+
+def _by_word(noise, values):
+    """Values in the order of the noise's words, in the order of ids."""
+    if noise.order is None:
+        return values
+    result = values.clone()
+    for word, value in zip(noise.order.tolist(), values, strict=True):
+        result[word] = value
+    return result
 
 
 def _all_logits(head, hidden):

@@ -1,6 +1,7 @@
 """HierarchicalSoftmax against its equations, its search, and its own options."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from naive import naive_classes, naive_tree
 from torch import nn
 from torch.testing import assert_close
 
+from lm_softmax import factory
+from lm_softmax.cli.messages import user_error
 from lm_softmax.heads import FullSoftmax, HierarchicalSoftmax
 from lm_softmax.heads.cutoffs import zipf_counts
-from lm_softmax.kernels import path_operations, paths
+from lm_softmax.kernels import Clusters, Tail, path_operations, paths, tree_search
 from lm_softmax.kernels.tree_search import tree_topk
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -103,6 +106,65 @@ class TestBinary:
         ):
             assert ours.dtype == torch.bfloat16
             assert_close(ours.double(), right, rtol=2**-8, atol=1e-4)
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_is_one_distribution_in_low_precision(self, autocast):
+        head = HierarchicalSoftmax(128, 4000, counts_of(4000))
+        hidden, target = torch.randn(32, 128), torch.randint(4000, (32,))
+        nn.init.normal_(head.weight, std=0.3)
+        if not autocast:
+            head, hidden = head.bfloat16(), hidden.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            all_words = head.log_prob(hidden)
+            of_target = head.log_prob(hidden, target)
+            found = head.topk(hidden, 5)
+        assert all_words.dtype == torch.float32
+        assert_close(of_target, all_words.gather(1, target[:, None])[:, 0], rtol=2e-6, atol=2e-5)
+        order = all_words.sort(stable=True, descending=True)
+        assert_close(found.log_probs, order.values[:, :5], rtol=2e-6, atol=2e-5)
+        assert_close(all_words.gather(1, found.indices), found.log_probs, rtol=2e-6, atol=2e-5)
+
+    @pytest.mark.usefixtures("shapes")
+    def test_bias_of_another_dtype(self):
+        head = randomise(HierarchicalSoftmax(8, 50))
+        expected = copy.deepcopy(head)
+        head.bias.data = head.bias.data.double()
+        hidden, target = torch.randn(9, 8, requires_grad=True), torch.randint(50, (9,))
+        loss = head.loss(hidden, target)
+        assert_close(loss, expected.loss(hidden, target))
+        assert_close(
+            [each.float() for each in gradients(loss, head, hidden)],
+            gradients(expected.loss(hidden, target), expected, hidden),
+        )
+        assert head.log_prob(hidden).dtype == head.topk(hidden, 2).log_probs.dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_without_the_derivative_of_bags_is_the_same(self, dtype, monkeypatch):
+        head = randomise(HierarchicalSoftmax(8, 50)).to(dtype)
+        hidden = torch.randn(9, 8, dtype=dtype, requires_grad=True)
+        target = torch.randint(50, (9,))
+        loss, found = head.loss(hidden, target), head.topk(hidden, 2)
+        expected = gradients(loss, head, hidden)
+        monkeypatch.setattr(paths, "_bag_derivative", None)
+        for size in (1, 7 * 8 * 4, 2**24):  # one step, some and all in a chunk
+            monkeypatch.setattr(paths, "CHUNK_BYTES", size)
+            again = head.loss(hidden, target)
+            assert_close(again, loss)
+            assert_close(gradients(again, head, hidden), expected)
+            assert_close(head.topk(hidden, 2), found)
+
+    @pytest.mark.usefixtures("shapes")
+    def test_ignored_rows_may_hold_nan(self):
+        head = randomise(HierarchicalSoftmax(8, 50))
+        hidden, target = torch.randn(9, 8), torch.randint(50, (9,))
+        target[[0, 4]] = -100
+        clean = hidden.clone().requires_grad_()
+        expected = head.loss(clean, target)
+        hidden[0], hidden[4] = torch.nan, torch.inf
+        hidden.requires_grad_()
+        loss = head.loss(hidden, target)
+        assert_close(loss, expected)
+        assert_close(gradients(loss, head, hidden), gradients(expected, head, clean))
 
     @pytest.mark.parametrize("tree", BINARY)
     def test_biases_start_at_the_unigram_distribution(self, tree):
@@ -218,6 +280,14 @@ class TestClasses:
         effective = counts.clamp(min=1)
         assert_close(head.log_prob(torch.zeros(8)), (effective / effective.sum()).log())
 
+    def test_projections_are_in_all_tails_or_in_none(self):
+        plain, projected = (Tail(p, torch.zeros(2, 3), None) for p in (None, torch.zeros(3, 3)))
+        matrix = torch.zeros(2, 3)
+        for tails in ([plain, projected], [projected, plain]):
+            with pytest.raises(AssertionError, match="in all tails or in none"):
+                Clusters(matrix, matrix, None, tails).flatten()
+        assert len(Clusters(matrix, matrix, None, [projected] * 2).flatten()) == 6
+
     def test_one_class_is_the_full_softmax(self):
         head = randomise(HierarchicalSoftmax(6, 40, tree="classes", cutoffs=[]))
         full = FullSoftmax(6, 40)
@@ -266,10 +336,57 @@ class TestSearch:
         hidden = torch.randn(5, 3, dtype=torch.float64)
         order = head.log_prob(hidden).sort(stable=True, descending=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lm_softmax.kernels.tree_search.MOST", 1)  # nothing is given up
+            patch.setattr(tree_search, "MOST", 0.5)  # nothing is given up
+            patch.setattr(HierarchicalSoftmax, "log_prob", None)  # calling it would fail
             found = head.topk(hidden, k)
         assert_close(found.log_probs, order.values[:, :k], **EXACT)
         assert found.indices.equal(order.indices[:, :k])
+
+    @pytest.mark.parametrize("tree", BINARY)
+    @pytest.mark.parametrize("k", [1, 2, 50, 100])
+    def test_alone_is_a_stable_sort(self, tree, k, monkeypatch):
+        head = randomise(hierarchical(tree)(13, 101, counts_of(101)))
+        hidden = torch.randn(15, 13)
+        order = head.log_prob(hidden).sort(stable=True, descending=True)
+        monkeypatch.setattr(tree_search, "MOST", 0.5)  # beam and search may open every node
+        values, indices, failed, _ = tree_topk(hidden, head.weight, head.bias, head.tree, k)
+        assert not failed.any()
+        assert_close(values, order.values[:, :k])
+        assert indices.equal(order.indices[:, :k])
+
+    @pytest.mark.parametrize("tree", ["huffman", "balanced"])
+    @pytest.mark.parametrize("vocab_size", [1, 2, 3])
+    def test_of_hardly_any_words(self, tree, vocab_size):
+        head = randomise(HierarchicalSoftmax(4, vocab_size, tree=tree))
+        hidden = torch.randn(5, 4)
+        order = head.log_prob(hidden).sort(stable=True, descending=True)
+        for k in range(1, vocab_size + 1):
+            found = head.topk(hidden, k)
+            assert_close(found.log_probs, order.values[:, :k])
+            assert found.indices.equal(order.indices[:, :k])
+        assert head.topk(hidden[:0], 1).indices.shape == (0, 1)
+
+    def test_in_chunks_of_rows_is_the_same(self, monkeypatch):
+        head, hidden = peaked("huffman")
+        hidden[5] = 0  # ranked as a whole
+        expected, calls = head.topk(hidden, 3), []
+
+        def searched(rows, *arguments):
+            calls.append(len(rows))
+            return tree_topk(rows, *arguments)
+
+        monkeypatch.setattr("lm_softmax.heads.base.ROW_CHUNK_BYTES", 5 * 4 * head.vocab_size)
+        monkeypatch.setattr("lm_softmax.heads.hierarchical.tree_topk", searched)
+        assert_close(head.topk(hidden, 3), expected)
+        assert calls == [5, 5, 2]
+
+    @pytest.mark.parametrize("k", [1, 60, 240])
+    def test_stops_at_its_limit(self, k):
+        head = HierarchicalSoftmax(4, 4000, tree="balanced")  # weights are 0: words are alike
+        rows = torch.randn(3, 4)
+        _, _, failed, opened = tree_topk(rows, head.weight, head.bias, head.tree, k)
+        assert failed.all()
+        assert opened.max() <= 3999 // 16
 
     def test_opens_few_nodes(self):
         for tree in BINARY:
@@ -287,7 +404,7 @@ class TestSearch:
         rows = torch.zeros(2, 2)
         expected = head.log_prob(rows).sort(stable=True, descending=True).indices
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lm_softmax.kernels.tree_search.MOST", 1)
+            patch.setattr(tree_search, "MOST", 1)
             _, indices, failed, _ = tree_topk(rows, head.weight, head.bias, head.tree, 6)
         assert not failed.any()
         assert indices.equal(expected[:, :6])
@@ -309,6 +426,29 @@ class TestSearch:
         found = head.topk(hidden, 3).log_probs
         assert found[1].isnan().all()
         assert found[[0, 2]].isfinite().all()
+
+    @pytest.mark.parametrize("part", ["weight", "bias"])
+    def test_of_nan_nodes_is_that_of_the_log_probabilities(self, part):
+        head, hidden = peaked("huffman", gain=20.0)
+        worst = head.log_prob(hidden).argmin(1)[0]
+        node = (head.tree == worst).nonzero()[0, 0]
+        getattr(head, part).data[node] = torch.nan
+        expected = head.topk(hidden[:1], 3)  # far from the best words: not opened
+        assert expected.log_probs.isfinite().all()
+        getattr(head, part).data[1] = torch.nan  # below the root
+        found = head.topk(hidden, 3).log_probs
+        assert found.isnan().all()
+        order = head.log_prob(hidden).sort(stable=True, descending=True)
+        assert_close(found, order.values[:, :3], equal_nan=True)
+
+    def test_nan_beside_the_beam_is_met(self, monkeypatch):
+        head = HierarchicalSoftmax(2, 128, tree="balanced")
+        head.bias.data[0] = 0.2  # the beam goes left, but the right side may hold better words
+        head.bias.data[2] = torch.nan
+        monkeypatch.setattr(tree_search, "MOST", 0.5)
+        _, _, failed, _ = tree_topk(torch.zeros(3, 2), head.weight, head.bias, head.tree, 1)
+        assert failed.all()
+        assert head.topk(torch.zeros(3, 2), 1).log_probs.isnan().all()
 
 
 class TestPinning:
@@ -348,9 +488,33 @@ class TestPinning:
         hidden, target = torch.randn(4, 6), torch.randint(90, (4,))
         assert_close(empty.loss(hidden, target), head.loss(hidden, target), rtol=0, atol=0)
 
+    def test_weights_on_meta_are_taken_as_they_are(self):
+        for options in ({}, {"tree": "classes"}):
+            with torch.device("meta"):
+                head = HierarchicalSoftmax(6, 90, **options)
+                other = HierarchicalSoftmax(6, 90, **options)
+            other.load_state_dict(head.state_dict(), assign=True)
+            assert all(each.is_meta for each in (*other.parameters(), *other.buffers()))
+            target = torch.empty(4, dtype=torch.int64, device="meta")
+            assert other.loss(torch.empty(4, 6, device="meta"), target).is_meta
+
+    def test_loaded_ids_that_are_none_are_refused(self):
+        state = HierarchicalSoftmax(6, 90).state_dict()
+        for children, message in (
+            (torch.full((89, 2), 500), r"in \[0, 179\).*got 500"),
+            (random_tree(90), "must be numbered level by level"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                HierarchicalSoftmax(6, 90).load_state_dict({**state, "tree": children})
+        head = HierarchicalSoftmax(6, 90, tree="classes", cutoffs=[30])
+        with pytest.raises(ValueError, match=r"\(0, 90\), got \[95\]"):
+            head.load_state_dict({**head.state_dict(), "class_starts": torch.tensor([0, 95])})
+
     def test_ids_stay_whole_in_low_precision(self):
         head = HierarchicalSoftmax(6, 900).bfloat16()
-        assert {buffer.dtype for buffer in head.buffers()} == {torch.int64}
+        types = {name: buffer.dtype for name, buffer in head.named_buffers()}
+        derived = dict.fromkeys(("up", "depth", "order", "slots"), torch.int32)
+        assert types == {"tree": torch.int64, **derived}
 
 
 @pytest.mark.parametrize(
@@ -376,6 +540,13 @@ def test_impossible_options_are_refused(options, message):
         HierarchicalSoftmax(8, 100, **options)
 
 
-def test_binary_trees_have_no_clusters():
-    with pytest.raises(ValueError, match="no clusters"):
-        HierarchicalSoftmax(8, 100).clusters()
+def test_trees_too_deep_to_write_down_end_in_one_line():
+    tree = 0
+    for word in range(1, 3000):
+        tree = [tree, word]
+    with pytest.raises(RecursionError) as caught:
+        factory.describe(partial(HierarchicalSoftmax, tree=tree), "head")
+    assert user_error(caught.value).endswith(
+        "nested too deep to be read: give deep trees as a tensor"
+    )
+    assert user_error(RecursionError("of another kind")) is None

@@ -25,7 +25,7 @@ def seeded(function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     data=st.data(),
     num=st.integers(0, 40),
@@ -243,11 +243,14 @@ def test_sparse_gradients_are_the_dense_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_samples": True}, "num_samples must be .*, got True"),
         ({"num_samples": 10}, "num_samples=10 unique words of 9"),
         ({"noise": -torch.ones(9)}, "word 0 has -1.0, 9 such"),
         ({"objective": "ranking"}, "got 'ranking'"),
         ({"log_partition": "fixed"}, "log_partition must be a number .* got 'fixed'"),
         ({"log_partition": float("nan")}, "got nan"),
+        ({"log_partition": [1]}, r"log_partition must be a number .* got \[1\]"),
+        ({"log_partition": True}, "log_partition must be a number .* got True"),
         ({"objective": "negative_sampling", "log_partition": 0.0}, "no log_partition, got 0.0"),
         ({"label_smoothing": 0.1}, "NCE .* label_smoothing must be 0, got 0.1"),
         ({"softcap": -1.0}, "softcap must be above 0 and finite, got -1.0"),

@@ -22,6 +22,8 @@ from lm_softmax.heads import (
     FullSoftmax,
     LowRankSoftmax,
     ProductQuantizedSoftmax,
+    product_quantized,
+    quantized_matrix,
 )
 from lm_softmax.kernels import warm_up
 
@@ -32,13 +34,18 @@ def gradients(loss, head, hidden):
     return torch.autograd.grad(loss, [hidden, *head.parameters()], retain_graph=True)
 
 
+def indexed(factor):
+    """A factor's rows, its latent ones straight through, as the definition reads."""
+    books = enumerate(factor.centroids)
+    rows = torch.cat([book[factor.codes[:, m].long()] for m, book in books], 1)
+    return rows if factor.latent is None else rows + (factor.latent - factor.latent.detach())
+
+
 def whole_rows(head):
     """The matrix from hidden to logits."""
     product = torch.eye(head.hidden_size, dtype=head.output.centroids.dtype)
     for factor in head.factors:
-        books = enumerate(factor.centroids)
-        rows = torch.cat([book[factor.codes[:, m].long()] for m, book in books], 1)
-        product = rows @ product
+        product = indexed(factor) @ product
     return product.detach()
 
 
@@ -93,7 +100,7 @@ def test_every_option_equals_its_equation(
     assert_close(-head.log_prob(hidden, target), wanted, **EXACT)
     inputs = hidden
     for factor in head.factors:  # again as logits, for the log-sum-exp of the z-loss
-        inputs = F.linear(inputs, factor.rows())
+        inputs = F.linear(inputs, indexed(factor))
     logits = inputs if head.bias is None else inputs + head.bias
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = (1 - smoothing) * wanted
@@ -199,6 +206,13 @@ class TestStructure:
             ({"num_codebooks": [4], "rank": 6}, r"2 widths \[12, 6\], got \[4\]"),
             ({"codebook_size": 0}, "codebook_size.*at least 1, got 0"),
             ({"codebook_size": 2.5}, r"got 2\.5"),
+            ({"codebook_size": True}, "codebook_size.*at least 1, got True"),
+            ({"num_codebooks": True}, "got True for 12"),
+            ({"num_codebooks": [2, True], "rank": 6}, "got True for 6"),
+            ({"reassign_every": True}, "reassign_every.*at least 1, got True"),
+            ({"reassign_every": 2.0}, r"got 2\.0"),
+            ({"rank": True}, "got True"),
+            ({"rank": 6.0}, r"got 6\.0"),
             ({"reassign_every": 0}, "reassign_every.*at least 1, got 0"),
             ({"rank": 13}, "hidden_size=12 .*got 13"),
             ({"rank": [4, 8]}, r"none above the one before, got \[4, 8\]"),
@@ -298,9 +312,65 @@ class TestFromFull:
         with pytest.raises(ValueError, match=message):
             ProductQuantizedSoftmax.from_full(head)
 
-    def test_codebooks_that_do_not_divide_are_refused(self):
-        with pytest.raises(ValueError, match="got 5 for 8"):
-            ProductQuantizedSoftmax.from_full(FullSoftmax(8, 40), num_codebooks=5)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_codebooks": 5}, "got 5 for 8"),
+            ({"codebook_size": 2.0}, r"codebook_size.*got 2\.0"),
+            ({"iterations": -1}, "iterations .*at least 0, got -1"),
+            ({"iterations": 2.0}, r"iterations .*got 2\.0"),
+            ({"iterations": True}, "iterations .*got True"),
+            ({"seed": 0.5}, r"seed .*got 0\.5"),
+            ({"seed": False}, "seed .*got False"),
+            ({"seed": -1}, "seed .*got -1"),
+            ({"seed": 2**64}, "seed .*got 18446744073709551616"),
+        ],
+        ids=str,
+    )
+    def test_impossible_options_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ProductQuantizedSoftmax.from_full(FullSoftmax(8, 40), **options)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_rows_that_are_not_finite_are_refused(self, value):
+        full = FullSoftmax(8, 40)
+        with torch.no_grad():
+            full.weight[3, 2] = value
+        with pytest.raises(ValueError, match="rows of FullSoftmax must be finite"):
+            ProductQuantizedSoftmax.from_full(full, codebook_size=5)
+
+    def test_no_step_of_kmeans_and_a_single_centroid(self):
+        full = randomise(FullSoftmax(8, 40))
+        head = ProductQuantizedSoftmax.from_full(full, codebook_size=5, iterations=0)
+        start = whole_rows(head)  # seeds are rows of the matrix
+        assert all((full.weight == row).all(1).any() for row in start)
+        single = ProductQuantizedSoftmax.from_full(full, num_codebooks=1, codebook_size=1)
+        assert_close(whole_rows(single), full.weight.detach().mean(0).expand(40, 8))
+
+    def test_the_scale_of_the_rows_changes_nothing_but_the_scale(self):
+        torch.manual_seed(0)
+        full = randomise(FullSoftmax(16, 200)).double()
+        with torch.no_grad():
+            full.weight.mul_(torch.logspace(0, -2, 16))
+            full.weight.copy_(full.weight @ torch.linalg.qr(torch.randn(16, 16).double()).Q)
+        options = {"num_codebooks": 4, "codebook_size": 8, "rank": 16, "iterations": 5}
+        rows = whole_rows(ProductQuantizedSoftmax.from_full(full, **options))
+        with torch.no_grad():
+            full.weight.div_(1024)  # a power of two, which rounds nothing
+        small = whole_rows(ProductQuantizedSoftmax.from_full(full, **options))
+        assert_close(small * 1024, rows, rtol=1e-6, atol=1e-9)
+
+    def test_neither_the_default_device_nor_the_random_state_matter(self):
+        full = randomise(FullSoftmax(8, 40))
+        options = {"num_codebooks": 2, "codebook_size": 5, "rank": 4}
+        expected = ProductQuantizedSoftmax.from_full(full, **options).state_dict()
+        torch.manual_seed(3)
+        wanted = torch.rand(2)
+        torch.manual_seed(3)
+        with torch.device("meta"):
+            made = ProductQuantizedSoftmax.from_full(full, **options)
+        assert_close(made.state_dict(), expected, rtol=0, atol=0)
+        assert torch.equal(torch.rand(2), wanted)
 
     def test_takes_an_adaptive_head_without_tails(self):
         full = randomise(AdaptiveSoftmax(8, 30, cutoffs=[])).bfloat16()
@@ -350,7 +420,9 @@ class TestLearnedCodes:
             assert torch.equal(head.output.codes, before) == bool(step % 3)
             assert head.steps == step
 
-    def test_steps_are_counted_on_from_a_loaded_state(self):
+    @pytest.mark.parametrize("cheap", [True, False], ids=["cpu", "as-on-a-gpu"])
+    def test_steps_are_counted_on_from_a_loaded_state(self, cheap, monkeypatch):
+        monkeypatch.setattr(product_quantized, "reads_are_cheap", lambda _: cheap)
         head, _ = self.trained(steps=2, reassign_every=4)
         other, _ = self.trained(steps=1, reassign_every=4)
         other.load_state_dict(head.state_dict())
@@ -373,6 +445,46 @@ class TestLearnedCodes:
             nearest = torch.cdist(parts[:, m], head.output.centroids[m].detach()).argmin(1)
             assert (head.output.codes[:, m] == nearest).all()
 
+    def test_start_is_near_the_rows_and_needs_no_search(self, monkeypatch):
+        monkeypatch.setattr(quantized_matrix, "assign", None)
+        head = ProductQuantizedSoftmax(8, 150, num_codebooks=2, codebook_size=8)
+        bound = 8**-0.5
+        parts = head.output.latent.detach() - whole_rows(head)
+        assert head.output.centroids.abs().max() <= bound
+        assert 0.45 * bound < parts.abs().max() <= 0.5 * bound * (1 + 1e-6)
+        blocks = head.output.codes[:144].view(18, 8, 2).long().sort(1).values
+        assert (blocks == torch.arange(8).view(1, 8, 1)).all()
+
+    def test_what_is_frozen_stays(self):
+        head, _ = self.trained(steps=0)
+        with torch.no_grad():
+            head.output.latent.normal_()
+            head.output.centroids[:, 3:] = 1e4  # dead
+        head.output.latent.requires_grad_(False)
+        before = {name: value.clone() for name, value in head.state_dict().items()}
+        head.output.reassign()
+        assert_close(head.state_dict(), before, rtol=0, atol=0)
+        head.output.latent.requires_grad_()
+        head.output.centroids.requires_grad_(False)
+        head.output.reassign()
+        assert torch.equal(head.output.centroids, before["factors.0.centroids"])
+        assert (head.output.codes < 3).all()
+        head.output.centroids.requires_grad_()
+        head.output.reassign()
+        assert head.output.centroids.abs().max() < 1e4
+
+    def test_the_count_of_steps_is_the_buffer(self):
+        head, _ = self.trained(steps=3, reassign_every=4)
+        head.steps.zero_()
+        before = head.output.codes.clone()
+        with torch.no_grad():
+            head.output.latent.normal_()
+        for _ in range(3):
+            head.after_optimizer_step()
+        assert (head.output.codes == before).all()
+        head.after_optimizer_step()
+        assert (head.output.codes != before).any()
+
     def test_dead_centroids_are_used_again(self):
         head, _ = self.trained(steps=0, reassign_every=1)
         with torch.no_grad():
@@ -386,6 +498,21 @@ class TestLearnedCodes:
                 assert_close(members, head.output.centroids[m, k : k + 1].detach())
         head.after_optimizer_step()  # and they keep members of their own
         assert all(head.output.codes[:, m].unique().numel() == 8 for m in range(2))
+
+    def test_export_draws_nothing_and_keeps_what_is_frozen(self):
+        head = ProductQuantizedSoftmax(8, 150, codebook_size=8, rank=4).double().eval()
+        head.bias.requires_grad_(False)
+        head.factors[0].centroids.requires_grad_(False)
+        torch.manual_seed(3)
+        wanted = torch.rand(2)
+        torch.manual_seed(3)
+        kept = head.export()
+        assert torch.equal(torch.rand(2), wanted)
+        assert [name for name, p in kept.named_parameters() if p.requires_grad] == [
+            "factors.1.centroids"
+        ]
+        assert kept.output.centroids.dtype == torch.float64
+        assert not kept.training
 
     def test_export_is_equal_without_the_latent_matrix(self):
         for rank in (None, 4):
@@ -415,8 +542,7 @@ class TestLearnedCodes:
             assert_close(kept.state_dict(), again.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tokens", [3, 200])
-@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize(("tokens", "with_gradients"), [(3, False), (200, False), (3, True)])
 def test_all_log_probs_compile_as_one_graph(tokens, with_gradients):
     head = randomise(ProductQuantizedSoftmax(8, 90, num_codebooks=2, codebook_size=5, rank=6))
     hidden = torch.randn(tokens, 8, requires_grad=with_gradients)
@@ -450,11 +576,8 @@ def free_port():
         return free.getsockname()[1]
 
 
-def train_a_rank(rank, port, folder):
+def train_a_rank(rank, folder):
     """Steps of one of two processes on batches of its own, from weights of its own."""
-    warm_up()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(rank)  # DistributedDataParallel makes the start equal
     head = ProductQuantizedSoftmax(8, 60, codebook_size=6, num_codebooks=4, reassign_every=2)
     parallel = nn.parallel.DistributedDataParallel(head)
@@ -470,27 +593,11 @@ def train_a_rank(rank, port, folder):
         before = head.output.codes.clone()
         head.after_optimizer_step()
         changed += (head.output.codes != before).sum().item()
-    torch.save((head.state_dict(), changed), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save((head.state_dict(), changed), f"{folder}/trained{rank}.pt")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo")
-def test_codes_are_identical_on_all_ranks(tmp_path):
-    torch.multiprocessing.spawn(train_a_rank, (free_port(), tmp_path), nprocs=2)
-    (first, changed), (second, _) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
-    )
-    assert changed > 0
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def train_a_shard(rank, port, folder):
+def choose_from_shards(rank, folder):
     """A sharded head beside a whole one, on equal latent rows and with dead centroids."""
-    warm_up()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     whole = ProductQuantizedSoftmax(9, 60, codebook_size=6, num_codebooks=3, reassign_every=1)
@@ -501,19 +608,50 @@ def train_a_shard(rank, port, folder):
     register_fsdp_forward_method(sharded, "loss")
     for head in (whole, sharded):
         head.after_optimizer_step()
-    assert whole.output.centroids.abs().max() < 50
-    assert_close(sharded.output.centroids.full_tensor(), whole.output.centroids.detach())
-    assert (sharded.output.codes == whole.output.codes).all()
     hidden, target = torch.randn(20, 9), torch.randint(60, (20,))
-    assert_close(sharded.loss(hidden, target), whole.loss(hidden, target))
-    (folder / f"{rank}").touch()
+    centroids = sharded.output.centroids.full_tensor(), whole.output.centroids.detach()
+    codes = sharded.output.codes, whole.output.codes
+    losses = [head.loss(hidden, target).detach() for head in (sharded, whole)]
+    found = list(zip(centroids, codes, losses, strict=True))
+    torch.save(found, f"{folder}/sharded{rank}.pt")
+
+
+def run_a_rank(rank, port, folder):
+    warm_up()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    train_a_rank(rank, folder)
+    choose_from_shards(rank, folder)
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """What two processes found; started once, as that takes most of the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_a_rank, (free_port(), folder), nprocs=2)
+    return folder
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo")
-def test_codes_are_chosen_from_shards(tmp_path):
-    torch.multiprocessing.spawn(train_a_shard, (free_port(), tmp_path), nprocs=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+def test_codes_are_identical_on_all_ranks(of_two_ranks):
+    (first, changed), (second, _) = (
+        torch.load(of_two_ranks / f"trained{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    assert changed > 0
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo")
+def test_codes_are_chosen_from_shards(of_two_ranks):
+    for rank in range(2):
+        path = of_two_ranks / f"sharded{rank}.pt"
+        sharded, whole = torch.load(path, weights_only=True)
+        assert whole[0].abs().max() < 50
+        assert_close(sharded, whole)
+        assert torch.equal(sharded[1], whole[1])
 
 
 def test_deepcopy_goes_on_alone():

@@ -24,7 +24,13 @@ def decoded(centroids, codes):
 
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [(1, torch.uint8), (256, torch.uint8), (257, torch.int16), (40_000, torch.int32)],
+    [
+        (1, torch.uint8),
+        (256, torch.uint8),
+        (257, torch.int16),
+        (32_768, torch.int16),
+        (32_769, torch.int32),
+    ],
 )
 def test_codes_take_the_smallest_integers(size, dtype):
     assert code_dtype(size) == dtype
@@ -117,6 +123,13 @@ class TestKMeans:
         for centroids, codes in results:
             assert (codes == assign(points, centroids)[0]).all()
 
+    def test_default_device_does_not_matter(self):
+        points = torch.randn(90, 8)
+        expected = kmeans(points, 2, 5, iterations=2, seed=0)
+        with torch.device("meta"):
+            found = kmeans(points, 2, 5, iterations=2, seed=0)
+        assert_close(found, expected, rtol=0, atol=0)
+
     def test_as_many_centroids_as_rows_is_exact(self):
         points = torch.randn(7, 6)
         assert_close(decoded(*kmeans(points, 3, 7, iterations=3, seed=0)), points, rtol=0, atol=0)
@@ -164,3 +177,29 @@ def test_variance_is_shared_out():
     products = variances[order].view(2, 3).prod(1)
     assert products.max() / products.min() < 64 * 16 * 8 / 8 / 4
     assert order.tolist() == [0, 3, 5, 1, 2, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_groups", [2, 3, 4])
+def test_order_of_variances_does_not_depend_on_their_scale(dtype, num_groups):
+    torch.manual_seed(0)
+    variances = torch.rand(12, dtype=dtype).pow(4).sort(descending=True).values
+    expected = balanced_order(variances, num_groups).tolist()
+    for scale in (1e-12, 1e-3, 1e3):
+        assert balanced_order(variances * scale, num_groups).tolist() == expected
+    logs = variances[expected].double().log().view(num_groups, -1).sum(1)
+    assert logs.max() - logs.min() < (variances[0] / variances[-1]).double().log()
+
+
+def test_each_of_the_largest_variances_has_a_group_of_its_own():
+    variances = torch.tensor([0.9, 0.5, 0.3, 0.2, 0.1, 0.01])
+    order = balanced_order(variances, 3).view(3, 2)
+    assert order.tolist() == [[0, 5], [1, 4], [2, 3]]
+
+
+@pytest.mark.parametrize("variances", [[0.0] * 4, [2.0, 1.0, 0.0, 0.0], [2.0, 1.0, 0.0, -1e-17]])
+def test_variances_that_vanish_are_shared_out_too(variances):
+    order = balanced_order(torch.tensor(variances, dtype=torch.float64), 2).tolist()
+    assert sorted(order) == [0, 1, 2, 3]
+    if variances[0]:
+        assert sorted(order.index(index) // 2 for index in (0, 1)) == [0, 1]

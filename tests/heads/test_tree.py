@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from lm_softmax.heads import tree
 from lm_softmax.heads.tree import (
     balanced_tree,
-    class_starts,
     given_tree,
     huffman_tree,
     node_log_odds,
     shape_of,
 )
+from lm_softmax.heads.word_classes import class_starts
 
 ranked_counts = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(
     lambda counts: sorted(counts, reverse=True)
@@ -179,6 +180,7 @@ def test_node_log_odds_are_those_of_the_masses():
     [
         ([[0, 1], [2, 2]], "each of the 4 words once, but word 2 is there 2 times"),
         ([[0, 1], 2], "word 3 is there 0 times"),
+        ([[0, 1], [2, [3, 0]]], "over 4 words has 3 pairs, but this one has more"),
         ([[0, 1], [2, 4]], r"words must be in \[0, 4\), got 4"),
         ([[0, 1], [2, -1]], "got -1"),
         ([[0, 1], [2, 3, 1]], "got 3 children"),
@@ -201,6 +203,29 @@ def test_node_log_odds_are_those_of_the_masses():
 def test_trees_that_are_none_are_refused(tree, message):
     with pytest.raises(ValueError, match=message):
         given_tree(tree, 4)
+
+
+def test_pairs_that_hold_each_other_are_refused():
+    shared = [0, 1]
+    for _ in range(40):
+        shared = [shared, shared]
+    cyclic = [0]
+    cyclic.append(cyclic)
+    for pairs in (shared, cyclic):
+        with pytest.raises(ValueError, match="over 6 words has 5 pairs, but this one has more"):
+            given_tree(pairs, 6)
+
+
+@pytest.mark.parametrize(("most", "dtype"), [(60, torch.int32), (59, torch.int64)])
+def test_shapes_are_int32_where_it_fits(most, dtype, monkeypatch):
+    children = balanced_tree(60)
+    expected = shape_of(children)
+    monkeypatch.setattr(tree, "MOST_INT32", most)
+    *tensors, sizes = shape_of(children)
+    assert {each.dtype for each in tensors} == {dtype}
+    for found, right in zip(tensors, expected, strict=False):
+        assert found.equal(right.to(dtype))
+    assert sizes == expected.level_sizes
 
 
 class TestClassStarts:

@@ -187,13 +187,14 @@ def test_a_full_softmax_off_the_cpu_masks_instead_of_dropping(monkeypatch):
     assert_close(torch.autograd.grad(loss, (poisoned, weight, bias)), wanted)
 
 
-def test_flatten_round_trip():
-    tensors = [torch.randn(2, 2) for _ in range(9)]
-    for bias in (True, False):
-        tails = [Tail(*tensors[3:5], tensors[5] if bias else None)]
-        for clusters in (
-            Clusters(tensors[0], None, tensors[2] if bias else None, []),
-            Clusters(tensors[0], tensors[1], tensors[2] if bias else None, tails),
-            Clusters(tensors[0], tensors[1], tensors[2] if bias else None, tails * 3),
-        ):
-            assert Clusters.unflatten(clusters.flatten(), bias) == clusters
+@pytest.mark.parametrize("num_tails", [0, 1, 3])
+@pytest.mark.parametrize("has_projection", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_flatten_round_trip(num_tails, has_projection, has_bias):
+    def tensor(num_rows=2):
+        return torch.randn(num_rows, 2)
+
+    bias = tensor() if has_bias else None
+    tails = [Tail(tensor() if has_projection else None, tensor(), bias) for _ in range(num_tails)]
+    clusters = Clusters(tensor(), tensor(num_tails) if num_tails else None, bias, tails)
+    assert Clusters.unflatten(clusters.flatten(), has_bias) == clusters  # the same tensors

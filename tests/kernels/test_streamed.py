@@ -18,6 +18,7 @@ from lm_softmax.kernels import (
     streamed_nll,
 )
 from lm_softmax.kernels import codes as codes_module
+from lm_softmax.kernels import streamed as streamed_module
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -178,11 +179,18 @@ def test_scores_have_second_derivatives_and_a_latent_gradient(small_chunks):
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes, and the largest with this width."""
+    """The largest tensor that any operation makes, and all matrices of this width."""
 
     def __init__(self, width):
         super().__init__()
-        self.numel, self.rows, self.width = 0, 0, width
+        self.numel, self.width, self.made = 0, width, []
+
+    @property
+    def rows(self):
+        return max(self.made, default=0)
+
+    def of_rows(self, num):
+        return self.made.count(num)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -190,29 +198,52 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor._base is None:
                 self.numel = max(self.numel, tensor.numel())
                 if tensor.dim() == 2 and tensor.shape[1] == self.width:
-                    self.rows = max(self.rows, tensor.shape[0])
+                    self.made.append(tensor.shape[0])
         return out
 
 
+@pytest.mark.parametrize("cheap", [True, False], ids=["cpu", "as-on-a-gpu"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_neither_logits_nor_rows_are_held_as_a_whole(learned):
+@pytest.mark.parametrize("derived", [False, True])
+def test_neither_logits_nor_rows_are_held_as_a_whole(learned, derived, cheap, monkeypatch):
+    for module in (dense, streamed_module):
+        monkeypatch.setattr(module, "reads_are_cheap", lambda _: cheap)
     dense._buffers.held.clear()
-    num_rows, width, tokens = 40_000, 64, 400
+    num_rows, width, tokens = 40_000, 64, 200
     code = random_code(num_rows, 8, 16, 8, torch.float32)
-    latent = torch.zeros(num_rows, width, requires_grad=True) if learned else None
-    hidden = torch.randn(tokens, width, requires_grad=True)
-    target = torch.randint(num_rows, (tokens,))
-    with Largest(width) as largest:
-        streamed_loss(hidden, target, Streamed(code, None, latent)).backward()
-        streamed_nll(hidden, target, Streamed(code, None, latent)).sum().backward()
-    assert largest.numel <= tokens * num_rows / 4
-    if not learned:  # there the latent matrix has a gradient of its size
-        assert largest.rows <= codes_module.ROWS_BYTES // (4 * width)
-    with Largest(width) as largest:
-        code_logits(
-            hidden[:4].detach().requires_grad_(), code, None, torch.float32
-        ).sum().backward()
+    latent = torch.zeros(num_rows, width) if learned else None
+    streamed = Streamed(code, None, latent)
+    shapes = [(tokens, width), code.centroids.shape, (num_rows, width)]
+    made = [torch.zeros(shape) for shape in shapes]
+    buffers = streamed_module._Buffers(*made[:2], None, made[2] if learned else None)
+    hidden, target = torch.randn(tokens, width), torch.randint(num_rows, (tokens,))
+    target[7] = -100
+    arguments = streamed, torch.float32, -100, Objective(), buffers if derived else None
+    # the pass itself: inside of a registered operation the mode would see nothing
+    with torch.no_grad(), Largest(width) as largest:
+        streamed_module._losses(hidden, target, None, *arguments)
+    assert tokens * num_rows / 8 < largest.numel <= tokens * num_rows / 4
     assert largest.rows <= codes_module.ROWS_BYTES // (4 * width)
+
+
+def test_scores_do_not_hold_the_rows_as_a_whole():
+    num_rows, width = 40_000, 64
+    code = random_code(num_rows, 8, 16, 8, torch.float32)
+    inputs = torch.randn(4, width, requires_grad=True)
+    with Largest(width) as largest:
+        code_logits(inputs, code, None, torch.float32).sum().backward()
+    assert 0 < largest.rows <= codes_module.ROWS_BYTES // (4 * width)
+
+
+def test_latent_gradient_of_scores_is_made_once():
+    num_rows, width = 40_000, 64
+    code = random_code(num_rows, 8, 16, 8, torch.float32)
+    assert len(code.chunks()) > 2
+    latent = torch.zeros(num_rows, width, requires_grad=True)
+    scores = code_logits(torch.randn(4, width), code, latent, torch.float32)
+    with Largest(width) as largest:
+        torch.autograd.grad(scores.sum(), latent)
+    assert largest.of_rows(num_rows) == 1
 
 
 def test_low_precision_gradients_use_the_rows_as_they_are():

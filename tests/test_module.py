@@ -691,7 +691,7 @@ def test_a_head_without_its_latent_matrix_is_saved_as_what_it_is(tmp_path):
     assert torch.equal(loaded.head.log_prob(hidden), model.head.log_prob(hidden))
     assert loaded.head.output.latent is None
     model.head = FullSoftmax(8, V)
-    with pytest.raises(ValueError, match="a FullSoftmax now, but the model was made with .*Prod"):
+    with pytest.raises(ValueError, match=r"a FullSoftmax now, but the model was made with .*Prod"):
         saved(model, tmp_path / "b.ckpt")
     assert not (tmp_path / "b.ckpt").exists()
 

@@ -65,7 +65,11 @@ class Floor(Contestant):
         weight = clusters.weight.detach()
         if clusters.cluster_weight is not None:
             weight = torch.cat([weight, clusters.cluster_weight.detach()])
-        tails = [(tail.projection.detach(), tail.weight.detach()) for tail in clusters.tails]
+        tails = [
+            (tail.projection.detach(), tail.weight.detach())
+            for tail in clusters.tails
+            if tail.projection is not None  # as those of an adaptive head are
+        ]
         borders = torch.tensor(getattr(head, "cutoffs", []), dtype=target.dtype)
         cluster = torch.bucketize(target.cpu(), borders, right=True)
         order = cluster.sort(stable=True).indices

@@ -9,7 +9,8 @@ import pytest
 COUNT_FAULTS = """
 import resource, sys
 import torch
-from lm_softmax.cli.allocator import keep_pages
+import lm_softmax.cli
+from lm_softmax.allocator import keep_pages
 
 applied = keep_pages()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -19,11 +19,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
+from tiny import LOGITS_ALONE, NO_TAILS
 
 from lm_softmax import cli
 from lm_softmax.cli.run_folder import FOLDER_OF_RUN, RunFolder
 from lm_softmax.heads import FullSoftmax
-from lm_softmax.heads import cutoffs as cutoffs_module
+from lm_softmax.heads.cost_model import COST_MODELS
 
 EPOCHS = "--trainer.max_epochs={}"
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
@@ -109,20 +110,20 @@ def place(tmp_path_factory):
 def _elsewhere(place, monkeypatch):
     """Every command runs in the folder; the rule for cutoffs splits small vocabularies too."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr(cutoffs_module, "MIN_VOCAB_SIZE", 10)
+    monkeypatch.setitem(COST_MODELS, "cpu", LOGITS_ALONE)
 
 
 @pytest.fixture(scope="module")
 def trained(place):
     """A run of one epoch."""
-    before, before_size = Path.cwd(), cutoffs_module.MIN_VOCAB_SIZE
+    before, before_model = Path.cwd(), COST_MODELS["cpu"]
     os.chdir(place)
-    cutoffs_module.MIN_VOCAB_SIZE = 10
+    COST_MODELS["cpu"] = LOGITS_ALONE
     try:
         said = done("fit", "-c", "tiny.yaml", "--run", "trained")
     finally:
         os.chdir(before)
-        cutoffs_module.MIN_VOCAB_SIZE = before_size
+        COST_MODELS["cpu"] = before_model
     return place / "trained", said
 
 
@@ -187,7 +188,7 @@ def test_a_checkpoint_alone_is_evaluated_on_the_split_alone(trained, tmp_path, m
         shutil.copy(f"corpus/{split}.txt", tmp_path / split)
     shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "b.ckpt")
     monkeypatch.setenv("LM_SOFTMAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cutoffs_module, "COVERAGE", (0.2, 0.3))
+    monkeypatch.setitem(COST_MODELS, "cpu", NO_TAILS)
     monkeypatch.chdir(tmp_path)
     best = json.loads((run / "summary.json").read_text())["best"]
     said = done("validate", "--ckpt_path", "b.ckpt", "--data.path=validation")
@@ -242,7 +243,7 @@ def test_choices_made_from_the_data_are_not_made_again(trained, monkeypatch):
     chosen = checkpoint(trained[0])["hyper_parameters"]["head"]["init_args"]["cutoffs"]
     assert chosen
     done("fit", "-c", "tiny.yaml", "--run", "pinned")
-    monkeypatch.setattr(cutoffs_module, "COVERAGE", (0.2, 0.3))
+    monkeypatch.setitem(COST_MODELS, "cpu", NO_TAILS)
     done("fit", "--run", "pinned", "--ckpt_path", "last", "--trainer.max_epochs=2")
     again = checkpoint(Path("pinned"))
     assert again["hyper_parameters"]["head"]["init_args"]["cutoffs"] == chosen
@@ -341,7 +342,7 @@ FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
         ),
         ([*FIT, "--trainer.callbacks+=ModelChekpoint"], "no class ModelChekpoint; nearest: ModelC"),
         ([*FIT, "--trainer.max_epochs=many"], "trainer.max_epochs: expected int or null, got many"),
-        ([*FIT, "--model.head.div_value=x"], "model.head.div_value: expected float, got x"),
+        ([*FIT, "--model.head.div_value=x"], "model.head.div_value: expected float or null, got x"),
         ([*FIT, "--trainer.precision=33"], "trainer.precision: expected Literal[64, 32, 16] or "),
         ([*FIT, "-c", "nowhere.yaml"], "config: File does not exist: "),
         ([*FIT, "-c", "wrong-key.yaml"], "no option --model.encodr; nearest: --model.encoder"),
@@ -417,7 +418,7 @@ def test_wrong_data_or_structure_ends_in_one_line_and_leaves_nothing(words, mess
         (["--model.head=FullSoftmax"], "head is AdaptiveSoftmax there, FullSoftmax here"),
         (["--model.encoder.hidden_size=6"], "encoder.hidden_size is 8 there, 6 here"),
         (["--model.head.cutoffs=[3]"], "there, [3] here"),
-        (["--model.head.div_value=1"], "head.div_value is 4.0 there, 1.0 here"),
+        (["--model.head.div_value=1"], "head.div_value is None there, 1.0 here"),
         (["--data.tokenizer=whitespace"], "whose vocabulary was made with words"),
         (["--data.max_vocab_size=9"], "whose vocabulary was made with None"),
     ],

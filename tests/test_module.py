@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import Precision
+from tiny import LOGITS_ALONE, NO_TAILS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -23,7 +24,7 @@ from lm_softmax.heads import (
     ProductQuantizedSoftmax,
     SampledSoftmax,
 )
-from lm_softmax.heads import cutoffs as cutoffs_module
+from lm_softmax.heads.cost_model import COST_MODELS
 from lm_softmax.module import LanguageModel
 from lm_softmax.schedule import WarmupDecay
 from lm_softmax.vocab import Vocab, load_tokenizer
@@ -327,7 +328,7 @@ def saved(model, path, rows=None):
 
 
 def test_checkpoint_is_self_contained(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutoffs_module, "MIN_VOCAB_SIZE", 10)
+    monkeypatch.setitem(COST_MODELS, "cpu", LOGITS_ALONE)
     model = LanguageModel(
         partial(SMALL_LSTM, embedding=partial(AdaptiveEmbedding, min_tail_size=2)),
         partial(AdaptiveSoftmax, min_tail_size=2),
@@ -344,7 +345,7 @@ def test_checkpoint_is_self_contained(tmp_path, monkeypatch):
     assert hparams["head"]["init_args"]["cutoffs"] == cutoffs
     assert hparams["requested"]["head"]["init_args"] == {"min_tail_size": 2}
 
-    monkeypatch.setattr(cutoffs_module, "COVERAGE", (0.3, 0.5))  # another rule for "auto"
+    monkeypatch.setitem(COST_MODELS, "cpu", NO_TAILS)  # another rule for "auto"
     assert LanguageModel(SMALL_LSTM, AdaptiveSoftmax, COUNTS).head.cutoffs != cutoffs
     again = LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt")
     assert again.head.cutoffs == again.encoder.embedding.cutoffs == cutoffs
@@ -670,12 +671,12 @@ class AdaptiveByDefault(LSTMEncoder):
 
 
 def test_choices_of_a_default_embedding_are_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutoffs_module, "MIN_VOCAB_SIZE", 10)
+    monkeypatch.setitem(COST_MODELS, "cpu", LOGITS_ALONE)
     model = LanguageModel(AdaptiveByDefault, ADAPTIVE, COUNTS)
     cutoffs = model.encoder.embedding.cutoffs
     assert cutoffs
     saved(model, tmp_path / "a.ckpt")
-    monkeypatch.setattr(cutoffs_module, "COVERAGE", (0.3, 0.5))  # another rule for "auto"
+    monkeypatch.setitem(COST_MODELS, "cpu", NO_TAILS)  # another rule for "auto"
     assert LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt").encoder.embedding.cutoffs == (
         cutoffs
     )

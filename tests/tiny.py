@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lm_softmax.heads import AdaptiveSoftmax, OutputHead
+from lm_softmax.heads.cost_model import CostModel
 from lm_softmax.metrics import Perplexity
 
 VOCAB_SIZE, HIDDEN_SIZE = 12, 4
 EOS = 0
+LOGITS_ALONE = CostModel(0, 0, 0, 1, 0, 0, tokens=100)  # splits tiny vocabularies too
+NO_TAILS = CostModel(0, 0, 0, 1, 0, cluster=1e9, tokens=100)
 
 
 class Batch(NamedTuple):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lm_softmax.cli.allocator import keep_pages
+from lm_softmax.allocator import keep_pages
 from lm_softmax.cli.command import TrainCLI
 from lm_softmax.cli.messages import user_error
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_softmax.encoders.base import check_size
-from lm_softmax.heads.cutoffs import resolve_cutoffs, resolve_tail_sizes
+from lm_softmax.heads.cutoffs import resolve_clusters
 
 
 class WordEmbedding(nn.Embedding):
@@ -64,11 +64,14 @@ class AdaptiveEmbedding(nn.Module):
         vocab_size: Number of words, ranked by frequency.
         embedding_size: Width of an embedding.
         counts: Training-set frequency of each word by rank, `(vocab_size,)`, for `"auto"`.
-        cutoffs: Ids at which tail clusters begin, increasing inside `(0, vocab_size)`, or "auto".
-        div_value: Tail i, from 1, has width `embedding_size // div_value**i`...
-        min_tail_size: ... but at least this.
+        cutoffs: Ids at which tail clusters begin, increasing inside `(0, vocab_size)`, or "auto":
+            those of an `AdaptiveSoftmax` of this width with the same other options.
+        div_value: Tail i, from 1, is `embedding_size // div_value**i` wide; unless it is said, 2
+            with "auto" and 4 with cutoffs that are given.
+        min_tail_size: No tail is narrower.
         tail_sizes: The widths themselves, one for each tail, instead of `div_value` and
             `min_tail_size`.
+        cost_model: The device that "auto" predicts the time for, "cpu" or "cuda".
         sparse: Whether the gradients of the tables are sparse tensors, see `WordEmbedding`; those
             of the projections are dense. Each table's holds one row a token, and the tokens of
             other clusters add zeros to its first row, which Adagrad and SGD do not notice;
@@ -89,25 +92,26 @@ class AdaptiveEmbedding(nn.Module):
         counts: Tensor | None = None,
         *,
         cutoffs: Literal["auto"] | Sequence[int] = "auto",
-        div_value: float = 4.0,
+        div_value: float | None = None,
         min_tail_size: int = 16,
         tail_sizes: Sequence[int] | None = None,
+        cost_model: Literal["cpu", "cuda"] = "cpu",
         sparse: bool = False,
     ) -> None:
         super().__init__()
         check_size(vocab_size=vocab_size, embedding_size=embedding_size)
         self.sparse = sparse
         self.num_embeddings, self.embedding_size = vocab_size, embedding_size
-        self.cutoffs = resolve_cutoffs(cutoffs, vocab_size, counts)
-        num_tails = len(self.cutoffs)
-        if tail_sizes is None:
-            tail_sizes = resolve_tail_sizes(embedding_size, num_tails, div_value, min_tail_size)
-        if len(tail_sizes) != num_tails or any(size < 1 for size in tail_sizes):
-            raise ValueError(
-                f"tail_sizes must be one width of at least 1 for each of {num_tails} tails"
-                f" (cutoffs {self.cutoffs}), got {list(tail_sizes)}"
-            )
-        self.tail_sizes = list(tail_sizes)
+        self.cutoffs, self.tail_sizes = resolve_clusters(
+            cutoffs,
+            embedding_size,
+            vocab_size,
+            counts,
+            div_value=div_value,
+            min_tail_size=min_tail_size,
+            tail_sizes=tail_sizes,
+            cost_model=cost_model,
+        )
 
         begins = [*self.cutoffs, vocab_size]
         self.weight = nn.Parameter(torch.empty(begins[0], embedding_size))

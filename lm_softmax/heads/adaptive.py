@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_softmax.heads.clustered import ClusteredHead, dense_log_probs, log_frequencies, project
-from lm_softmax.heads.cutoffs import resolve_cutoffs, resolve_tail_sizes
+from lm_softmax.heads.cutoffs import resolve_clusters
 from lm_softmax.kernels import Clusters, Objective, Tail
 
 
@@ -29,11 +29,14 @@ class AdaptiveSoftmax(ClusteredHead):
         counts: Training-set frequencies: they decide `cutoffs="auto"`, and the biases start at the
             log-probabilities they give.
         cutoffs: Ids at which tail clusters begin, strictly increasing in `(0, vocab_size)`; an
-            empty list is the full softmax. "auto" lets the short-list cover 80 % of the running
-            text and the first tail the next 15 %.
-        div_value: Tail i, from 1, is `hidden_size // div_value**i` wide.
+            empty list is the full softmax. "auto" minimises the predicted time of a training step
+            (`heads.cost_model`), with as many tails as `tail_sizes` has, else 0 to 4.
+        div_value: Tail i, from 1, is `hidden_size // div_value**i` wide; unless it is said, 2 with
+            "auto", and 4, as in torch, with cutoffs that are given.
         min_tail_size: No tail is narrower.
         tail_sizes: The widths themselves, instead of the two options before.
+        cost_model: The device that "auto" predicts the time for, "cpu" or "cuda". Heads are built
+            before they move, and a model that moves keeps its clusters.
         bias: Whether each word and cluster has a bias.
         softcap: Logits of every softmax become `softcap * tanh(logits / softcap)`.
         label_smoothing: Must be 0: over all words it would need every cluster for every token.
@@ -51,9 +54,10 @@ class AdaptiveSoftmax(ClusteredHead):
         counts: Tensor | None = None,
         *,
         cutoffs: Literal["auto"] | Sequence[int] = "auto",
-        div_value: float = 4.0,
+        div_value: float | None = None,
         min_tail_size: int = 16,
         tail_sizes: Sequence[int] | None = None,
+        cost_model: Literal["cpu", "cuda"] = "cpu",
         bias: bool = True,
         softcap: float | None = None,
         label_smoothing: float = 0.0,
@@ -69,9 +73,15 @@ class AdaptiveSoftmax(ClusteredHead):
         super().__init__(
             hidden_size, vocab_size, counts, objective=objective, ignore_index=ignore_index
         )
-        self.cutoffs = resolve_cutoffs(cutoffs, vocab_size, counts)
-        self.tail_sizes = _checked_tail_sizes(
-            tail_sizes, hidden_size, len(self.cutoffs), div_value, min_tail_size
+        self.cutoffs, self.tail_sizes = resolve_clusters(
+            cutoffs,
+            hidden_size,
+            vocab_size,
+            counts,
+            div_value=div_value,
+            min_tail_size=min_tail_size,
+            tail_sizes=tail_sizes,
+            cost_model=cost_model,
         )
         borders = [*self.cutoffs, vocab_size]
         num_words = [right - left for left, right in pairwise(borders)]
@@ -192,21 +202,3 @@ class AdaptiveSoftmax(ClusteredHead):
     def extra_repr(self) -> str:
         """Sizes, for `print(head)`."""
         return f"{super().extra_repr()}, cutoffs={self.cutoffs}, tail_sizes={self.tail_sizes}"
-
-
-def _checked_tail_sizes(
-    tail_sizes: Sequence[int] | None,
-    hidden_size: int,
-    num_tails: int,
-    div_value: float,
-    min_tail_size: int,
-) -> list[int]:
-    if tail_sizes is None:
-        return resolve_tail_sizes(hidden_size, num_tails, div_value, min_tail_size)
-    if len(tail_sizes) != num_tails or any(
-        not isinstance(size, int) or size < 1 for size in tail_sizes
-    ):
-        raise ValueError(
-            f"tail_sizes must be {num_tails} widths of at least 1, got {list(tail_sizes)}"
-        )
-    return list(tail_sizes)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
-from lm_softmax.heads.cutoffs import resolve_cutoffs, resolve_tail_sizes, zipf_counts
+from lm_softmax.heads.cutoffs import resolve_tail_sizes
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -137,31 +137,6 @@ def test_widths_follow_the_rule():
 
 def test_a_last_cutoff_of_all_words_is_dropped():
     assert AdaptiveSoftmax(8, 100, cutoffs=[10, 100]).cutoffs == [10]
-
-
-class TestAutoCutoffs:
-    def test_cover_80_and_95_percent_of_the_text(self):
-        counts = torch.tensor([1000, 500, 300, 100, 50, 30, 20] + [1] * 2993)
-        covered = counts.cumsum(0) / counts.sum()
-        first, second = resolve_cutoffs("auto", 3000, counts)
-        assert covered[first - 1] >= 0.8 > covered[first - 2]
-        assert covered[second - 1] >= 0.95 > covered[second - 2]
-
-    def test_without_counts_assume_zipf(self):
-        assert resolve_cutoffs("auto", 50_000) == resolve_cutoffs(
-            "auto", 50_000, zipf_counts(50_000)
-        )
-
-    def test_small_vocabularies_have_no_clusters(self):
-        assert resolve_cutoffs("auto", 1999) == []
-        assert AdaptiveSoftmax(8, 100).cutoffs == []
-
-    @given(st.integers(2000, 9000), st.floats(0, 4), st.integers(0, 10**6))
-    @settings(max_examples=50, deadline=None)
-    def test_are_always_valid(self, vocab_size, exponent, most):
-        counts = (most / torch.arange(1.0, vocab_size + 1) ** exponent).long()
-        cutoffs = resolve_cutoffs("auto", vocab_size, counts)
-        assert cutoffs == resolve_cutoffs(cutoffs, vocab_size)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,250 @@
+"""Options, rounds and table of `benchmark loop`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast
+
+from lm_softmax.benchmark.command import Report, hush, natural, positive, say
+from lm_softmax.benchmark.problem import ZIPF, Problem
+from lm_softmax.benchmark.report import align, as_json, csv_text, show, write_text
+from lm_softmax.benchmark.results import Spread
+
+DESCRIPTION = """\
+Times whole training loops in tokens per second, in turns, in one process: models of this package
+under Lightning with the loggers and callbacks of train.py, and the plain loop of a PyTorch user,
+nn.Embedding, nn.LSTM, torch's head and torch.optim.AdamW with its defaults, on the same text.
+Prints a table and writes loop.json and loop.csv.
+
+A head or configuration trains at --vocab-size, or at its own after an @: FullSoftmax@10000.
+"""
+COLUMNS = ("loop", "words", "tokens/s", "ratio", "last loss")
+CSV_COLUMNS = ("loop", "vocab_size", "measure", "unit", "min", "median", "max")
+
+
+def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "loop",
+        help="tokens per second of whole training loops",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_run)
+    group = parser.add_argument_group("what is measured")
+    group.add_argument(
+        "--vocab-size", type=positive, default=30_000, metavar="V", help="default: 30000"
+    )
+    group.add_argument(
+        "--heads",
+        nargs="*",
+        default=["AdaptiveSoftmax"],
+        metavar="HEAD",
+        help='of models under Lightning; names, or calls as in "AdaptiveSoftmax(cutoffs=[2000])"'
+        " (default: AdaptiveSoftmax)",
+    )
+    group.add_argument(
+        "--configs",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="YAML files whose encoder, head, optimizer and clipping are trained under Lightning",
+    )
+    group.add_argument(
+        "--torch",
+        nargs="*",
+        default=["adaptive"],
+        metavar="KIND",
+        help="heads of plain loops, adaptive or full (default: adaptive)",
+    )
+    group.add_argument(
+        "--torch-cutoffs",
+        type=positive,
+        nargs="+",
+        default=[2_000, 10_000],
+        metavar="ID",
+        help="of torch's adaptive head; those at or above the vocabulary's size are left out"
+        " (default: 2000 10000)",
+    )
+    group.add_argument(
+        "--targets",
+        default=ZIPF,
+        metavar="zipf|FILE",
+        help="the text: drawn from Zipf's law, or a .npy file of token ids ranked by frequency"
+        " (default: zipf)",
+    )
+    group.add_argument(
+        "--reference", metavar="LOOP", help="whose tokens/s is 1 (default: the first plain loop)"
+    )
+    for name, number, what in (
+        ("--batch-size", 64, "rows"),
+        ("--block-size", 35, "tokens of a row"),
+        ("--embedding-size", 256, "of the LSTM"),
+        ("--hidden-size", 256, "of the LSTM"),
+        ("--num-layers", 1, "of the LSTM"),
+        ("--steps", 30, "steps of a round that are timed"),
+    ):
+        group.add_argument(
+            name, type=positive, default=number, metavar="N", help=f"{what} (default: {number})"
+        )
+    group.add_argument(
+        "--warmups", type=natural, default=5, metavar="N", help="steps before (default: 5)"
+    )
+    group.add_argument("--lr", type=float, default=0.001, help="learning rate (default: 0.001)")
+    group.add_argument(
+        "--clip", type=float, default=0.25, help="largest norm of the gradients (default: 0.25)"
+    )
+    add_common_options(parser)
+
+
+def _run(options: argparse.Namespace, report: Report) -> None:
+    from lm_softmax.benchmark.quiet import quiet_lightning
+
+    with TemporaryDirectory(prefix="lm_softmax_benchmark_") as folder:
+        loops = _build(options, Path(folder))
+        reference = options.reference or _default_reference(loops)
+        if reference not in loops:
+            raise ValueError(f"--reference: no loop {reference}, but {', '.join(loops)}")
+        with quiet_lightning():
+            speeds = time_loops(loops, options.rounds)
+    hush()
+    records = [_record(name, loop, speeds, reference) for name, loop in loops.items()]
+    body = {"reference": reference, "loops": records}
+    files = [
+        write_text(options.output, "loop.json", as_json(report.header(), body)),
+        write_text(options.output, "loop.csv", csv_text(CSV_COLUMNS, _csv_rows(records))),
+    ]
+    lines = [
+        _setting(options),
+        report.machine_line(),
+        f"Figures are median (min - max) of {options.rounds} rounds; ratio is tokens/s over those"
+        f" of {reference} in the same round.",
+        "",
+        align([COLUMNS, *map(_cells, records)]),
+        *(f"{name}: {loop.what}" for name, loop in loops.items()),
+        *(f"written: {path}" for path in files),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def time_loops(loops: Mapping[str, Any], num_rounds: int) -> dict[str, list[float]]:
+    """Tokens per second of each loop in each round; each round begins with the next loop."""
+    speeds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for number in range(num_rounds):
+        say(f"round {number + 1} of {num_rounds}")
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            speeds[name].append(loops[name].text.timed_tokens / loops[name].run())
+    return speeds
+
+
+def _build(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The loops by name."""
+    from lm_softmax.benchmark.loop_models import from_config, from_head, split_size
+    from lm_softmax.benchmark.loops import EncoderSizes, LightningLoop, PlainLoop, Text
+
+    sizes = EncoderSizes(options.embedding_size, options.hidden_size, options.num_layers)
+    models = [from_head(text, sizes, options.lr, options.clip) for text in options.heads]
+    models += [from_config(text) for text in options.configs]
+
+    def text(vocab_size: int | None) -> Text:
+        return Text(
+            vocab_size or options.vocab_size,
+            options.targets,
+            options.batch_size,
+            options.block_size,
+            options.warmups,
+            options.steps,
+            options.seed,
+        )
+
+    loops: dict[str, Any] = {}
+    for i, model in enumerate(models):
+        own = text(model.vocab_size)
+        counts = _counts(own.vocab_size, options.targets)
+        place = folder / str(i)
+        loops[model.name] = LightningLoop(
+            own, options.device, model.clip, counts, model.options, place
+        )
+    for word in options.torch:
+        kind, vocab_size = split_size(word)
+        if kind not in ("adaptive", "full"):
+            raise ValueError(f"--torch must be adaptive or full, got {word}")
+        own = text(vocab_size)
+        cutoffs = sorted(cutoff for cutoff in options.torch_cutoffs if cutoff < own.vocab_size)
+        if kind == "adaptive" and not cutoffs:
+            raise ValueError(f"--torch-cutoffs: none below the {own.vocab_size} words")
+        plain = cast('Literal["adaptive", "full"]', kind)
+        name = f"torch {kind}" + ("" if vocab_size is None else f" @{vocab_size:,}")
+        device, clip = options.device, options.clip
+        loops[name] = PlainLoop(own, device, clip, plain, sizes, cutoffs, options.lr)
+    if not loops:
+        raise ValueError("nothing to train: give --heads, --configs or --torch")
+    return loops
+
+
+def _counts(vocab_size: int, targets: str) -> Any:
+    return Problem(vocab_size, 1, 1, targets=targets).counts().ceil_().long()
+
+
+def _default_reference(loops: Mapping[str, Any]) -> str:
+    return next((name for name in loops if name.startswith("torch ")), next(iter(loops)))
+
+
+def _record(
+    name: str, loop: Any, speeds: Mapping[str, Sequence[float]], reference: str
+) -> dict[str, Any]:
+    ratios = [own / other for own, other in zip(speeds[name], speeds[reference], strict=True)]
+    speed, ratio = Spread.of(speeds[name]), Spread.of(ratios)
+    assert speed is not None
+    assert ratio is not None
+    loss = loop.last_loss
+    return {
+        "name": name,
+        "what": loop.what,
+        "vocab_size": loop.text.vocab_size,
+        "tokens_per_s": speed._asdict(),
+        "ratio": ratio._asdict(),
+        "step_time_ms": loop.text.timed_tokens / median(speeds[name]) / loop.text.num_steps * 1000,
+        "last_loss": loss if abs(loss) < float("inf") else None,
+        "rounds_tokens_per_s": list(speeds[name]),
+    }
+
+
+def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
+    loss = "-" if record["last_loss"] is None else f"{record['last_loss']:.3f}"
+    return (
+        record["name"],
+        f"{record['vocab_size']:,}",
+        show(Spread(**record["tokens_per_s"]), ",.0f"),
+        show(Spread(**record["ratio"])),
+        loss,
+    )
+
+
+def _csv_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "loop": record["name"],
+            "vocab_size": record["vocab_size"],
+            "measure": measure,
+            "unit": unit,
+            **record[measure],
+        }
+        for record in records
+        for measure, unit in (("tokens_per_s", "tokens/s"), ("ratio", "times"))
+    ]
+
+
+def _setting(options: argparse.Namespace) -> str:
+    text = "Zipf text" if options.targets == ZIPF else options.targets
+    return (
+        f"batch {options.batch_size} x {options.block_size}, nn.LSTM {options.num_layers} x"
+        f" {options.hidden_size} on embeddings of {options.embedding_size}, float32,"
+        f" {options.device}, {text}, clipping at {options.clip}, rounds of {options.steps} steps"
+        f" after {options.warmups}."
+    )

@@ -91,7 +91,10 @@ def test_complete_fills_every_option():
     assert isinstance(built, FullSoftmax)
     encoder = {"class_path": "lm_softmax.encoders.LSTMEncoder", "init_args": {}}
     nested = factory.complete(encoder, Encoder, "encoder")["init_args"]["embedding"]
-    assert nested == {"class_path": "lm_softmax.encoders.WordEmbedding", "init_args": {}}
+    assert nested == {
+        "class_path": "lm_softmax.encoders.WordEmbedding",
+        "init_args": {"sparse": False},
+    }
 
 
 @pytest.mark.parametrize(

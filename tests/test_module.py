@@ -573,7 +573,7 @@ def test_several_processes_keep_their_own_moment():
     model = LanguageModel(Recorder, FullSoftmax, COUNTS)
     rows = batches(0.0, carry=True)
     fit(model, rows)
-    of_one, of_two = {}, {}
+    of_one, of_two = {"hyper_parameters": {}}, {"hyper_parameters": {}}
     model.on_save_checkpoint(of_one)
     model._trainer = Ranks()
     model.on_save_checkpoint(of_two)

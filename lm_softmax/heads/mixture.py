@@ -139,7 +139,8 @@ class MixtureOfSoftmaxes(OutputHead):
         dtype = product_dtype(rows, self.projection)
         with autocast_off(rows):
             exact = accumulation_dtype(dtype)  # a small product, and log-probabilities add it up
-            log_prior = torch.log_softmax(F.linear(rows.to(exact), self.prior.to(exact)), -1)
+            rows = rows.to(exact)  # once, so that their two gradients are added before they round
+            log_prior = torch.log_softmax(F.linear(rows, self.prior.to(exact)), -1)
             bias = self.projection_bias.to(dtype)
             inputs = torch.tanh(F.linear(rows.to(dtype), self.projection.to(dtype), bias))
         shape = (rows.shape[0], self.num_experts, self.expert_size)

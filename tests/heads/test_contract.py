@@ -562,7 +562,6 @@ class TestModule:
         assert abstract.log_prob(hidden.to("meta")).shape == (*hidden.shape[:-1], head.vocab_size)
 
     def test_compiles_as_one_graph(self, case):
-        torch.compiler.reset()  # a function is compiled anew for few heads in one process
         head, hidden, target = problem(case)
         target[0, 0] = IGNORE
 

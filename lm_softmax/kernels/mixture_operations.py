@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lm_softmax.kernels.dense import Objective, accumulation_dtype, autocast_off, product_dtype
 from lm_softmax.kernels.mixture import Mixture, MixtureGradients, mixture_losses
-from lm_softmax.kernels.operations import register_derivatives
+from lm_softmax.kernels.operations import register_derivatives, summed
 
 
 def mixture_nll(
@@ -42,11 +42,8 @@ def mixture_loss(
     A second backward through the same graph makes them anew. Double backward is refused.
     """
     options = _options(inputs, mixture, objective, ignore_index)
-    parameters = mixture.flatten()
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (inputs, *parameters)]
-    if not any(needs):
-        return _token_losses(inputs, target, parameters, *options).sum()
-    return _loss_and_gradients(inputs, target, None, parameters, needs, *options)[0]
+    operations = _token_losses, _loss_and_gradients
+    return summed(operations, inputs, target, mixture.flatten(), options)
 
 
 def _options(

@@ -19,7 +19,7 @@ from lm_softmax.kernels.dense import (
     autocast_off,
     workspace,
 )
-from lm_softmax.kernels.operations import register_derivatives
+from lm_softmax.kernels.operations import register_derivatives, summed
 
 NO_HIT, IGNORED = -1, -2
 MASKED = -1e30  # a logit of probability 0; -inf would be nan where every negative is masked
@@ -98,11 +98,8 @@ def negatives_loss(
     A second backward through the same graph makes them anew. Double backward is refused.
     """
     options = negatives.bias is not None, dtype, softcap, logistic
-    parameters = negatives.flatten()
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, *parameters)]
-    if not any(needs):
-        return _token_losses(hidden, slot, parameters, *options).sum()
-    return _loss_and_gradients(hidden, slot, None, parameters, needs, *options)[0]
+    operations = _token_losses, _loss_and_gradients
+    return summed(operations, hidden, slot, negatives.flatten(), options)
 
 
 @torch.library.custom_op("lm_softmax::negatives_token_losses", mutates_args=())

@@ -48,11 +48,8 @@ def cluster_loss(
     A second backward through the same graph makes them anew. Double backward is refused.
     """
     options = _options(hidden, clusters, objective, ignore_index)
-    parameters = clusters.flatten()
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, *parameters)]
-    if not any(needs):
-        return _token_losses(hidden, target, parameters, *options).sum()
-    return _loss_and_gradients(hidden, target, None, parameters, needs, *options)[0]
+    operations = _token_losses, _loss_and_gradients
+    return summed(operations, hidden, target, clusters.flatten(), options)
 
 
 def _options(
@@ -124,6 +121,29 @@ def _loss_and_gradients(
             buffers,
         )
     return [losses.sum(), *(losses.new_empty(0) if b is None else b for b in buffers)]
+
+
+def summed(
+    operations: tuple[Any, Any],
+    hidden: Tensor,
+    target: Tensor,
+    parameters: Sequence[Tensor],
+    options: Sequence[Any],
+) -> Tensor:
+    """The summed loss, and with it the gradients, if any are wanted.
+
+    Args:
+        operations: The two that `register_derivatives` was given.
+        hidden: `(N, width)`.
+        target: `(N,)`.
+        parameters: As the operations take them.
+        options: What they take after the parameters.
+    """
+    token_losses, loss_and_gradients = operations
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, *parameters)]
+    if not any(needs):
+        return token_losses(hidden, target, parameters, *options).sum()
+    return loss_and_gradients(hidden, target, None, parameters, needs, *options)[0]
 
 
 def register_derivatives(token_losses: Any, loss_and_gradients: Any) -> None:

@@ -23,7 +23,7 @@ from lm_softmax.kernels.dense import (
     reads_are_cheap,
     workspace,
 )
-from lm_softmax.kernels.operations import register_derivatives
+from lm_softmax.kernels.operations import register_derivatives, summed
 
 
 class Streamed(NamedTuple):
@@ -110,12 +110,8 @@ def streamed_loss(
     A second backward through the same graph makes them anew. Double backward is refused.
     """
     options = _options(hidden, streamed, objective, ignore_index)
-    parameters = streamed.flatten()
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, *parameters)]
-    if not any(needs):
-        return _streamed_token_losses(hidden, target, parameters, *options).sum()
-    made = _streamed_loss_and_gradients(hidden, target, None, parameters, needs, *options)
-    return made[0]
+    operations = _streamed_token_losses, _streamed_loss_and_gradients
+    return summed(operations, hidden, target, streamed.flatten(), options)
 
 
 def _options(

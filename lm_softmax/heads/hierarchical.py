@@ -6,21 +6,28 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_softmax.heads import tree as trees
-from lm_softmax.heads.base import OutputHead, Reduction, TopK, is_size
+from lm_softmax.heads.base import TopK, is_size
 from lm_softmax.heads.clustered import tied_weight
 from lm_softmax.heads.cutoffs import resolve_cutoffs, zipf_counts
+from lm_softmax.heads.exact import ExactHead
 from lm_softmax.heads.word_classes import WordClasses, initial_biases, resolve_classes
-from lm_softmax.kernels import accumulation_dtype, autocast_off, cluster_loss, cluster_nll
+from lm_softmax.kernels import (
+    Objective,
+    accumulation_dtype,
+    autocast_off,
+    cluster_loss,
+    cluster_nll,
+)
 from lm_softmax.kernels.path_operations import path_nll
 from lm_softmax.kernels.paths import Tree
 from lm_softmax.kernels.tree_search import tree_topk
 
 
-class HierarchicalSoftmax(OutputHead):
+class HierarchicalSoftmax(ExactHead):
     """Exact softmax factored along a tree: a token touches its path, not the vocabulary.
 
     On a binary tree each of the V - 1 inner nodes has a row and a bias, and
@@ -87,7 +94,9 @@ class HierarchicalSoftmax(OutputHead):
                 f"HierarchicalSoftmax cannot smooth over all words without passing every node:"
                 f" label_smoothing must be 0, got {label_smoothing}"
             )
-        super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
+        super().__init__(
+            hidden_size, vocab_size, counts, objective=Objective(), ignore_index=ignore_index
+        )
         self.has_classes = isinstance(tree, str) and tree == "classes"
         self.sparse = sparse
         self.class_weight: nn.Parameter | None = None
@@ -150,43 +159,22 @@ class HierarchicalSoftmax(OutputHead):
         assert self.class_weight is not None
         return WordClasses(self.weight, self.bias, self.class_weight, self.class_bias, self.cutoffs)
 
-    def log_prob(
-        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
-    ) -> Tensor:
-        """See `OutputHead.log_prob`; with `target` only its path, or class, is computed."""
-        if target is None:
-            rows = self._flatten(hidden)
-            found = self._classes().log_probs(rows) if self.has_classes else self._leaves(rows)
-            return found.view(*hidden.shape[:-1], self.vocab_size)
-        rows, flat, poison = self._flatten_with_target(hidden, target)
+    def _token_losses(self, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
         if self.has_classes:
-            nll = cluster_nll(rows, flat, self._classes().clusters(), None, self.ignore_index)
-        else:
-            nll = path_nll(
-                rows,
-                flat,
-                self.weight,
-                self.bias,
-                Tree(self.up, self.depth, len(self.level_sizes)),
-                self.ignore_index,
-                sparse=self.sparse,
-            )
-        return -(nll + poison).view(target.shape)
+            clusters = self._classes().clusters()
+            return cluster_nll(rows, target, clusters, objective, self.ignore_index)
+        tree = Tree(self.up, self.depth, len(self.level_sizes))
+        nodes = self.weight, self.bias
+        return path_nll(rows, target, *nodes, tree, self.ignore_index, sparse=self.sparse)
 
-    def loss(
-        self,
-        hidden: Float[Tensor, "*batch hidden"],
-        target: Int[Tensor, "*batch"],
-        *,
-        reduction: Reduction = "mean",
-    ) -> Tensor:
-        """See `OutputHead.loss`."""
-        if not self.has_classes or reduction not in ("mean", "sum"):
-            return super().loss(hidden, target, reduction=reduction)
-        rows, flat, poison = self._flatten_with_target(hidden, target)
-        clusters = self._classes().clusters()
-        total = cluster_loss(rows, flat, clusters, None, self.ignore_index) + poison
-        return total if reduction == "sum" else total / self._num_targets(target)
+    def _summed_loss(self, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
+        if self.has_classes:
+            clusters = self._classes().clusters()
+            return cluster_loss(rows, target, clusters, objective, self.ignore_index)
+        return self._token_losses(rows, target, objective).sum()
+
+    def _all_log_probs(self, rows: Tensor) -> Tensor:
+        return self._classes().log_probs(rows) if self.has_classes else self._leaves(rows)
 
     def _leaves(self, rows: Tensor) -> Tensor:
         """Log-probabilities of all words, level by level from the root.

@@ -86,7 +86,8 @@ class LowRankSoftmax(ClusteredHead):
         return project(rows, self.projection)
 
     def _all_log_probs(self, rows: Tensor) -> Tensor:
-        return dense_log_probs(rows, self.weight, self.bias, self.objective.softcap)
+        inputs = self._inputs(rows)
+        return dense_log_probs(inputs, self.weight, self.bias, self.objective.softcap)
 
     def structure(self) -> dict[str, Any]:
         """The rank."""

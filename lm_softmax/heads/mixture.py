@@ -4,16 +4,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_softmax.heads.base import OutputHead, Reduction, is_size
+from lm_softmax.heads.base import is_size
 from lm_softmax.heads.clustered import (
-    check_objective,
     dense_log_probs,
     log_frequencies,
     tied_weight,
 )
+from lm_softmax.heads.exact import ExactHead
 from lm_softmax.kernels import (
     Mixture,
     Objective,
@@ -25,7 +24,7 @@ from lm_softmax.kernels import (
 )
 
 
-class MixtureOfSoftmaxes(OutputHead):
+class MixtureOfSoftmaxes(ExactHead):
     """Weighted mean of the softmaxes of several experts, whose log is not of low rank.
 
     With `inputs = torch.tanh(F.linear(hidden, projection, projection_bias))`, cut into
@@ -73,8 +72,10 @@ class MixtureOfSoftmaxes(OutputHead):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
-        self.objective = check_objective(Objective(softcap, label_smoothing))
+        objective = Objective(softcap, label_smoothing)
+        super().__init__(
+            hidden_size, vocab_size, counts, objective=objective, ignore_index=ignore_index
+        )
         if expert_size is None:
             expert_size = hidden_size
         if not (is_size(num_experts) and is_size(expert_size)):
@@ -94,43 +95,13 @@ class MixtureOfSoftmaxes(OutputHead):
         if self.bias is not None and counts is not None:
             self.bias.data.copy_(log_frequencies(counts))
 
-    @property
-    def loss_is_nll(self) -> bool:
-        """False under label smoothing."""
-        return not self.objective.label_smoothing
+    def _token_losses(self, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
+        inputs, mixture = self._experts(rows, target)
+        return mixture_nll(inputs, target, mixture, objective, self.ignore_index)
 
-    def log_prob(
-        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
-    ) -> Tensor:
-        """See `OutputHead.log_prob`; with `target` no `(N, vocab_size)` is ever held.
-
-        Without, one expert is added at a time; only for a backward pass are all of them kept.
-        """
-        if target is None:
-            log_probs = self._all_log_probs(self._flatten(hidden))
-            return log_probs.view(*hidden.shape[:-1], self.vocab_size)
-        rows, flat, poison = self._flatten_with_target(hidden, target)
-        inputs, mixture = self._experts(rows, flat)
-        objective = Objective(self.objective.softcap)
-        nll = mixture_nll(inputs, flat, mixture, objective, self.ignore_index)
-        return -(nll + poison).view(target.shape)
-
-    def loss(
-        self,
-        hidden: Float[Tensor, "*batch hidden"],
-        target: Int[Tensor, "*batch"],
-        *,
-        reduction: Reduction = "mean",
-    ) -> Tensor:
-        """See `OutputHead.loss`; gradients of a mean or a sum are made in the forward pass."""
-        self._check_reduction(reduction)
-        rows, flat, poison = self._flatten_with_target(hidden, target)
-        inputs, mixture = self._experts(rows, flat)
-        arguments = (inputs, flat, mixture, self.objective, self.ignore_index)
-        if reduction == "none":
-            return (mixture_nll(*arguments) + poison).view(target.shape)
-        total = mixture_loss(*arguments) + poison
-        return total if reduction == "sum" else total / self._num_targets(target)
+    def _summed_loss(self, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
+        inputs, mixture = self._experts(rows, target)
+        return mixture_loss(inputs, target, mixture, objective, self.ignore_index)
 
     def _experts(self, rows: Tensor, target: Tensor | None = None) -> tuple[Tensor, Mixture]:
         """What each expert multiplies the output rows with, `(N, K, expert_size)`, and the rest."""
@@ -147,6 +118,7 @@ class MixtureOfSoftmaxes(OutputHead):
         return inputs.view(shape), Mixture(log_prior, self.weight, self.bias)
 
     def _all_log_probs(self, rows: Tensor) -> Tensor:
+        """One expert is added at a time; only for a backward pass are all of them kept."""
         inputs, (log_prior, weight, bias) = self._experts(rows)
         mixed = None
         for part, prior in zip(inputs.unbind(1), torch.split(log_prior, 1, 1), strict=True):

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_softmax.heads.base import OutputHead, Reduction, is_size
-from lm_softmax.heads.clustered import ClusteredHead, check_objective, log_frequencies, project
+from lm_softmax.heads.base import is_size
+from lm_softmax.heads.clustered import ClusteredHead, log_frequencies, project
+from lm_softmax.heads.exact import ExactHead
 from lm_softmax.heads.quantize import check_kmeans, kmeans, output_rows, truncated_svd
 from lm_softmax.heads.quantized_matrix import (
     QuantizedMatrix,
@@ -35,7 +35,7 @@ class MemoryBytes(NamedTuple):
     dense: int  # output matrix and bias, in the same dtype
 
 
-class ProductQuantizedSoftmax(OutputHead):
+class ProductQuantizedSoftmax(ExactHead):
     """Exact softmax over output rows that are concatenations of shared centroids.
 
     Row w is `cat([centroids[m, codes[w, m]] for m in range(num_codebooks)])`, so a word costs
@@ -105,8 +105,10 @@ class ProductQuantizedSoftmax(OutputHead):
         z_loss: float = 0.0,
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(hidden_size, vocab_size, counts, ignore_index=ignore_index)
-        self.objective = check_objective(Objective(softcap, label_smoothing, z_loss))
+        objective = Objective(softcap, label_smoothing, z_loss)
+        super().__init__(
+            hidden_size, vocab_size, counts, objective=objective, ignore_index=ignore_index
+        )
         for name, number in (("codebook_size", codebook_size), ("reassign_every", reassign_every)):
             if not is_size(number):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number}")
@@ -139,40 +141,13 @@ class ProductQuantizedSoftmax(OutputHead):
         """The matrices from hidden on."""
         return cast(list[QuantizedMatrix], list(self.factors))
 
-    @property
-    def loss_is_nll(self) -> bool:
-        """False under label smoothing or z-loss."""
-        return not self.objective.label_smoothing and not self.objective.z_loss
+    def _token_losses(self, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
+        inputs = self._inputs(rows, target)
+        return streamed_nll(inputs, target, self._streamed(), objective, self.ignore_index)
 
-    def log_prob(
-        self, hidden: Float[Tensor, "*batch hidden"], target: Int[Tensor, "*batch"] | None = None
-    ) -> Tensor:
-        """See `OutputHead.log_prob`; with `target` no `(N, vocab_size)` is ever held."""
-        if target is None:
-            log_probs = self._all_log_probs(self._inputs(self._flatten(hidden)))
-            return log_probs.view(*hidden.shape[:-1], self.vocab_size)
-        rows, flat, poison = self._flatten_with_target(hidden, target)
-        inputs = self._inputs(rows, flat)
-        objective = Objective(self.objective.softcap)
-        nll = streamed_nll(inputs, flat, self._streamed(), objective, self.ignore_index)
-        return -(nll + poison).view(target.shape)
-
-    def loss(
-        self,
-        hidden: Float[Tensor, "*batch hidden"],
-        target: Int[Tensor, "*batch"],
-        *,
-        reduction: Reduction = "mean",
-    ) -> Tensor:
-        """See `OutputHead.loss`; gradients of a mean or a sum are made in the forward pass."""
-        self._check_reduction(reduction)
-        rows, flat, poison = self._flatten_with_target(hidden, target)
-        inputs = self._inputs(rows, flat)
-        arguments = inputs, flat, self._streamed(), self.objective, self.ignore_index
-        if reduction == "none":
-            return (streamed_nll(*arguments) + poison).view(target.shape)
-        total = streamed_loss(*arguments) + poison
-        return total if reduction == "sum" else total / self._num_targets(target)
+    def _summed_loss(self, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
+        inputs = self._inputs(rows, target)
+        return streamed_loss(inputs, target, self._streamed(), objective, self.ignore_index)
 
     def _streamed(self) -> Streamed:
         """The parameters as the kernel takes them."""
@@ -186,7 +161,8 @@ class ProductQuantizedSoftmax(OutputHead):
             rows = project(rows, factor.rows())
         return rows
 
-    def _all_log_probs(self, inputs: Tensor) -> Tensor:
+    def _all_log_probs(self, rows: Tensor) -> Tensor:
+        inputs = self._inputs(rows)
         dtype = product_dtype(inputs, self.output.centroids)  # which autocast decides
         with autocast_off(inputs):
             logits = code_logits(inputs, self.output.code, self.output.latent, dtype)

@@ -188,7 +188,6 @@ def test_chunks_change_nothing(monkeypatch):
     target = torch.randint(300, (400,))
     losses = seeded(head.loss, hidden, target, reduction="none")
     expected = gradients(seeded(head.loss, hidden, target), head, hidden)
-    monkeypatch.setattr(dense, "WHOLE_BYTES", 0)
     monkeypatch.setattr(dense, "CHUNK_BYTES", 0)
     assert dense.chunk_rows(400, 50, torch.float64) < 100
     assert_close(seeded(head.loss, hidden, target, reduction="none"), losses, **EXACT)

@@ -58,7 +58,6 @@ def compare(inputs, target, mixture, softcap=None, smoothing=0.0, **tolerance):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Seven rows of 50 words in float64 at a time: two tokens of three experts."""
-    monkeypatch.setattr(dense, "WHOLE_BYTES", 1)
     monkeypatch.setattr(dense, "CHUNK_BYTES", 7 * 50 * 8)
     monkeypatch.setattr(dense, "MIN_CHUNK_ROWS", 1)
 
@@ -167,7 +166,6 @@ class Allocated(TorchDispatchMode):
 def test_memory_does_not_grow_with_the_number_of_experts(softcap, smoothing, dtype, monkeypatch):
     """No tensor of the pass is larger than a chunk of the logits of one softmax."""
     most = 50 * 2000
-    monkeypatch.setattr(dense, "WHOLE_BYTES", 1)
     monkeypatch.setattr(dense, "CHUNK_BYTES", most * 4)
     monkeypatch.setattr(dense, "MIN_CHUNK_ROWS", 1)
     found = []

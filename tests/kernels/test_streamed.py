@@ -38,7 +38,6 @@ def random_code(num_rows, num_codebooks, size, part_width, dtype=torch.float64):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """About three tokens of 50 words and sixteen words of 12 numbers at a time."""
-    monkeypatch.setattr(dense, "WHOLE_BYTES", 1)
     monkeypatch.setattr(dense, "CHUNK_BYTES", 3 * 50 * 8)
     monkeypatch.setattr(dense, "MIN_CHUNK_ROWS", 1)
     monkeypatch.setattr(codes_module, "ROWS_BYTES", 1)
@@ -210,6 +209,7 @@ def test_neither_logits_nor_rows_are_held_as_a_whole(learned, derived, cheap, mo
         monkeypatch.setattr(module, "reads_are_cheap", lambda _: cheap)
     dense._buffers.held.clear()
     num_rows, width, tokens = 40_000, 64, 200
+    monkeypatch.setattr(dense, "CHUNK_BYTES", tokens * num_rows)  # a quarter of the logits
     code = random_code(num_rows, 8, 16, 8, torch.float32)
     latent = torch.zeros(num_rows, width) if learned else None
     streamed = Streamed(code, None, latent)
@@ -277,4 +277,4 @@ def test_work_buffers_do_not_hold_the_rows():
     held = {name: buffer.numel() * 4 for (name, _), buffer in dense._buffers.held.items()}
     assert held["rows"] <= codes_module.ROWS_BYTES
     assert held["of_rows"] <= codes_module.ROWS_BYTES
-    assert held["logits"] <= 400 * 40_000
+    assert held["logits"] <= dense.CHUNK_BYTES

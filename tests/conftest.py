@@ -19,6 +19,9 @@ import torch
 
 import lm_softmax.kernels  # noqa: F401 its import makes the first large vector calls right
 
+if not torch.cuda.is_available():  # Triton reads it once, at its import: kernels run in Python
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _fresh_torch():

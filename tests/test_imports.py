@@ -6,6 +6,7 @@ import sys
 import pytest
 
 HEAVY = ["lightning", "datasets", "tokenizers", "torchmetrics", "jsonargparse", "tensorboard"]
+HEAVY += ["triton"]  # a softmax on a GPU alone needs it
 
 
 def loaded(statement):

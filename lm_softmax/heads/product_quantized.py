@@ -25,7 +25,7 @@ from lm_softmax.kernels import (
     streamed_loss,
     streamed_nll,
 )
-from lm_softmax.kernels.dense import reads_are_cheap
+from lm_softmax.kernels.workspace import reads_are_cheap
 
 
 class MemoryBytes(NamedTuple):

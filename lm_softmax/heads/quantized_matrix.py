@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lm_softmax.heads.base import is_size
 from lm_softmax.heads.quantize import assign, code_dtype, refill
 from lm_softmax.kernels import ProductCode, code_rows
-from lm_softmax.kernels.dense import reads_are_cheap
+from lm_softmax.kernels.workspace import reads_are_cheap
 
 LATENT_NOISE = 0.5  # of the rows' range: how far at most latent rows start from them
 

@@ -1,4 +1,7 @@
-"""Tensors in, tensors out: the passes that the heads are made of. Torch only, no modules."""
+"""Tensors in, tensors out: the passes that the heads are made of. No modules.
+
+Torch alone, and on a GPU Triton where it is installed, as it is with torch for CUDA.
+"""
 
 from lm_softmax.kernels.clusters import Clusters, Tail
 from lm_softmax.kernels.codes import ProductCode, code_logits, code_rows

@@ -17,8 +17,8 @@ from lm_softmax.kernels.dense import (
     Objective,
     accumulation_dtype,
     dense_pass,
-    reads_are_cheap,
 )
+from lm_softmax.kernels.workspace import reads_are_cheap
 
 
 class Tail(NamedTuple):
@@ -81,7 +81,9 @@ def _sort(hidden: Tensor, target: Tensor, clusters: Clusters, ignored: Tensor) -
     """Order of the tokens that count, by one sort and one host synchronisation."""
     sizes = [clusters.weight.shape[0], *(tail.weight.shape[0] for tail in clusters.tails)]
     *starts, _ = accumulate(sizes)
-    cluster = torch.bucketize(target, torch.tensor(starts, device=target.device), right=True)
+    cluster = torch.zeros_like(target)
+    for start in starts:  # a tensor of them would be a copy to the device that the host waits for
+        cluster += target >= start
     cluster, tokens = cluster.masked_fill(ignored, len(sizes)).sort(stable=True)
     borders = torch.arange(1, len(sizes) + 1, device=target.device)
     ends = torch.searchsorted(cluster, borders).tolist()

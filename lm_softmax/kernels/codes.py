@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lm_softmax.kernels.dense import accumulation_dtype, workspace
+from lm_softmax.kernels.dense import accumulation_dtype
+from lm_softmax.kernels.workspace import workspace
 
 ROWS_BYTES = 2**22  # of rows rebuilt at once: they stay in the cache until they are multiplied
 TABLE_TOKENS = 64  # tokens of one table of products, which then stays in the cache

@@ -5,29 +5,23 @@ turned into probabilities in place, then into the derivative of the loss by the 
 and multiplied into the gradients of hidden and weight before the next chunk overwrites it.
 """
 
-import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lm_softmax.kernels import products
+from lm_softmax.kernels.workspace import aligned_rows, reads_are_cheap, workspace
+
 CHUNK_BYTES = 64 * 2**20  # of logits: smaller chunks make the matrix products slower
 MIN_CHUNK_ROWS = 64  # below this the matrix products are bound by reading the weights
 WORD_BLOCK = 2048  # a product into 100,000 columns at once takes a CPU 1.5 times as long
-FP16_GAIN = 256.0  # lifts small probabilities out of fp16's subnormals; undone in float32
+TILE_ROWS = 128  # of a matrix product on a GPU: a chunk that ends inside of one wastes the rest
 UNDERFLOW = 1e-30  # a float32 probability below this no longer tells its logarithm
-
-
-class _Buffers(threading.local):
-    """Work buffers of one thread, by name and dtype."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-_buffers = _Buffers()
 
 
 class Objective(NamedTuple):
@@ -93,31 +87,37 @@ def autocast_off(like: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def reads_are_cheap(like: Tensor) -> bool:
-    """Whether the host may look at values, and keep memory, without a device that waits for it."""
-    return like.is_cpu
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
-def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Rows per chunk, all of about equal size: at most `CHUNK_BYTES` of logits."""
-    most = max(CHUNK_BYTES // (vocab_size * dtype.itemsize), MIN_CHUNK_ROWS)
-    return max(-(-num_rows // max(-(-num_rows // most), 1)), 1)
+def fuses(like: Tensor) -> bool:
+    """Whether one Triton kernel makes losses and derivatives of float32 logits on this device."""
+    return like.is_cuda and _has_triton()
 
 
-def workspace(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised buffer; on a CPU the same memory at each call of a thread.
+def chunk_rows(
+    num_rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor | None = None
+) -> int:
+    """Rows per chunk, all of about equal size: about `CHUNK_BYTES` of logits.
 
-    There the allocator returns a block of this size when it is freed, and the next one pays for
-    fresh pages; the allocators of other devices keep their memory.
+    An accelerator reads and writes the weights' gradient once a chunk, 8 bytes a weight, and moves
+    about 16 bytes a logit. From as many rows as the matrix is wide the logits outweigh the weights,
+    and the chunk takes no more memory than that gradient. So a chunk there has at least so many.
+
+    Args:
+        num_rows: Of all chunks.
+        vocab_size: Columns.
+        dtype: Of the logits.
+        like: `(*, width)`, what the matrix multiplies; None is on a CPU.
     """
-    if not reads_are_cheap(like):
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    size = shape[0] * shape[1]
-    held = _buffers.held.get((name, dtype))
-    if held is None or held.numel() < size:
-        with torch.inference_mode(False):  # else it could be written inside of that mode only
-            held = _buffers.held[name, dtype] = torch.empty(size, dtype=dtype)
-    return held[:size].view(*shape)
+    most = max(CHUNK_BYTES // (vocab_size * dtype.itemsize), MIN_CHUNK_ROWS)
+    if like is not None and not reads_are_cheap(like):
+        most = max(most, like.shape[-1])
+        most = most // TILE_ROWS * TILE_ROWS or most
+        return max(min(num_rows, most), 1)
+    return max(-(-num_rows // max(-(-num_rows // most), 1)), 1)
 
 
 def dense_pass(
@@ -148,7 +148,7 @@ def dense_pass(
     if gradients is not None and gradients.none_wanted:
         gradients = None
     rounded = Matrix([block.to(dtype) for block in matrix.blocks], matrix.bias)
-    gradient_dtype = dtype if products_widen(hidden) else total_dtype
+    gradient_dtype = dtype if products.products_widen(hidden) else total_dtype
     blocks = [block.to(gradient_dtype) for block in matrix.blocks] if gradients else []
     loss = torch.empty(hidden.shape[0], dtype=total_dtype, device=hidden.device)
     largest = None
@@ -157,19 +157,24 @@ def dense_pass(
         if dtype == torch.float16 and scale.numel():  # a GradScaler's factor would overflow
             largest = scale.abs().amax().clamp(min=torch.finfo(total_dtype).tiny)
             scale = scale / largest
-    rows = chunk_rows(hidden.shape[0], matrix.num_rows, total_dtype)
+    rows = chunk_rows(hidden.shape[0], matrix.num_rows, total_dtype, hidden)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         inputs = hidden[part].to(dtype)
         loss[part], derivative = row_losses(
-            inputs, rounded, target[part], objective, with_derivative=gradients is not None
+            inputs,
+            rounded,
+            target[part],
+            objective,
+            with_derivative=gradients is not None,
+            scale=None if scale is None else scale[part],
+            dtype=gradient_dtype,
         )
         if gradients is not None and derivative is not None:
-            own_scale = None if scale is None else scale[part].unsqueeze(1)
             of_chunk = gradients._replace(
                 hidden=None if gradients.hidden is None else gradients.hidden[part]
             )
-            add_gradients(derivative, inputs, blocks, own_scale, of_chunk, keep=start > 0)
+            add_gradients(derivative, inputs, blocks, of_chunk, keep=start > 0)
     if gradients is not None:
         for buffer in (gradients.hidden, *gradients.blocks, gradients.bias):
             if buffer is not None and hidden.shape[0] == 0:
@@ -186,47 +191,47 @@ def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Ten
         for rows in block.split(WORD_BLOCK) if reads_are_cheap(inputs) else [block]:
             words = slice(start, start + rows.shape[0])
             bias = None if matrix.bias is None else matrix.bias[words]
-            if rows.dtype != out.dtype:
-                out[:, words] = _product(inputs, rows.t(), out.dtype)
+            if bias is not None and rows.dtype == out.dtype:
+                torch.addmm(bias.to(out.dtype), inputs, rows.t(), out=out[:, words])
+            else:
+                products.multiply(out[:, words], inputs, rows.t())
                 if bias is not None:
                     out[:, words].add_(bias)
-            elif bias is None:
-                torch.mm(inputs, rows.t(), out=out[:, words])
-            else:
-                torch.addmm(bias.to(out.dtype), inputs, rows.t(), out=out[:, words])
             start = words.stop
     return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
 
-def products_widen(like: Tensor) -> bool:
-    """Whether products of low-precision operands are returned in float32, as they are summed.
-
-    A CPU rounds them. That does for logits, but gradients are summed over chunks and scaled
-    afterwards, so there their operands are float32.
-    """
-    return like.is_cuda
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix product of low-precision operands as `dtype`."""
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    if left.dtype == torch.float16:  # slow on a CPU, and soon beyond 65504
-        return torch.mm(left.to(dtype), right.to(dtype))
-    shape = (left.shape[0], right.shape[1])
-    return torch.mm(left, right, out=workspace("product", shape, left, left.dtype))
-
-
 def row_losses(
-    inputs: Tensor, matrix: Matrix, target: Tensor, objective: Objective, *, with_derivative: bool
+    inputs: Tensor,
+    matrix: Matrix,
+    target: Tensor,
+    objective: Objective,
+    *,
+    with_derivative: bool,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of each row, and its derivative by the logits in the work buffer."""
+    """Loss of each row, and the derivative of `scale * loss` by its logits in the work buffer.
+
+    Args:
+        inputs: `(N, width)`, of the dtype of the matrix.
+        matrix: Output rows, V in all.
+        target: `(N,)`, each in `[0, V)`.
+        objective: The loss of a row.
+        with_derivative: Whether it is wanted.
+        scale: `(N,)`; None is one.
+        dtype: Of the derivative, which in fp16 is multiplied by its gain; None is that of the loss.
+    """
+    total_dtype, shape = accumulation_dtype(inputs.dtype), (inputs.shape[0], matrix.num_rows)
+    dtype = total_dtype if dtype is None else dtype
+    if total_dtype == torch.float32 and fuses(inputs):
+        return _fused_losses(inputs, matrix, target, objective, with_derivative, scale, dtype)
+    logits = workspace("logits", shape, inputs, total_dtype)
     softcap, smoothing, z_loss = objective
-    dtype, shape = accumulation_dtype(inputs.dtype), (inputs.shape[0], matrix.num_rows)
-    logits = chunk_logits(inputs, matrix, softcap, workspace("logits", shape, inputs, dtype))
+    chunk_logits(inputs, matrix, softcap, logits)
     slope = None
     if softcap is not None and with_derivative:  # of tanh, 1 - tanh(a / softcap)**2
-        slope = torch.div(logits, softcap, out=workspace("slope", shape, inputs, dtype))
+        slope = torch.div(logits, softcap, out=workspace("slope", shape, inputs, total_dtype))
         slope.square_().neg_().add_(1)
     column = target.unsqueeze(1)
     target_logit = logits.gather(1, column).squeeze(1)
@@ -244,7 +249,45 @@ def row_losses(
     if smoothing:
         logits.sub_(smoothing / shape[1])
     logits.scatter_add_(1, column, logits.new_full(column.shape, smoothing - 1))
-    return loss, logits if slope is None else logits.mul_(slope)
+    if slope is not None:
+        logits.mul_(slope)
+    if scale is not None:
+        logits.mul_(scale.unsqueeze(1))
+    return loss, products.operand(logits, dtype)
+
+
+def _fused_losses(
+    inputs: Tensor,
+    matrix: Matrix,
+    target: Tensor,
+    objective: Objective,
+    with_derivative: bool,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """`row_losses` in float32, all but the product in one kernel.
+
+    A derivative of lower precision has a buffer of its own: written over the logits, it would meet
+    some that other threads have yet to read.
+    """
+    from lm_softmax.kernels.softmax_triton import softmax_losses
+
+    shape = (inputs.shape[0], matrix.num_rows)
+    logits = aligned_rows(shape, inputs, torch.float32)
+    chunk_logits(inputs, matrix._replace(bias=None), None, logits)
+    derivative = None
+    if with_derivative:
+        derivative = logits if dtype == logits.dtype else aligned_rows(shape, inputs, dtype)
+    losses = softmax_losses(
+        logits,
+        matrix.bias,
+        target,
+        objective,
+        scale=scale,
+        derivative=derivative,
+        gain=products.gain_of(dtype),
+    )
+    return losses, derivative
 
 
 def _softmax_in_place(
@@ -281,39 +324,31 @@ def add_gradients(
     derivative: Tensor,
     inputs: Tensor,
     blocks: Sequence[Tensor],
-    scale: Tensor | None,
     gradients: Gradients,
     *,
     keep: bool,
 ) -> None:
     """Add a chunk's share to the gradients of the matrix (or overwrite them), write hidden's.
 
-    The products are of the dtype of `blocks`.
+    Args:
+        derivative: `(N, V)`, of the loss by the logits, of the dtype of the blocks or as precise as
+            the gradients; as an operand it holds its gain.
+        inputs: `(N, width)`.
+        blocks: Output rows, of the dtype of the products.
+        gradients: Buffers.
+        keep: Whether to add to those of the matrix.
     """
-    if scale is not None:
-        derivative.mul_(scale)
-    if gradients.bias is not None:
-        of_bias = derivative.sum(0)
-        gradients.bias.add_(of_bias) if keep else gradients.bias.copy_(of_bias)
     dtype = blocks[0].dtype
-    gain = FP16_GAIN if dtype == torch.float16 else 1.0
-    left = derivative if dtype == derivative.dtype else (derivative * gain).to(dtype)
-    rows = inputs.to(dtype)
+    left, rows = products.operand(derivative, dtype), inputs.to(dtype)
+    gain = products.gain_of(dtype)
+    if gradients.bias is not None:
+        of_bias = left.sum(0, dtype=gradients.bias.dtype).div_(gain)
+        gradients.bias.add_(of_bias) if keep else gradients.bias.copy_(of_bias)
     start = 0
     for index, (block, buffer) in enumerate(zip(blocks, gradients.blocks, strict=True)):
         columns = left[:, start : start + block.shape[0]]
         if gradients.hidden is not None:
-            accumulate(gradients.hidden, columns, block, keep=index > 0, alpha=1 / gain)
+            products.accumulate(gradients.hidden, columns, block, keep=index > 0, alpha=1 / gain)
         if buffer is not None:
-            accumulate(buffer, columns.t(), rows, keep=keep, alpha=1 / gain)
+            products.accumulate(buffer, columns.t(), rows, keep=keep, alpha=1 / gain)
         start += block.shape[0]
-
-
-def accumulate(out: Tensor, left: Tensor, right: Tensor, *, keep: bool, alpha: float) -> None:
-    """`out = alpha * left @ right`, plus what it held with `keep`."""
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, beta=int(keep), alpha=alpha, out=out)
-    elif keep:
-        out.add_(_product(left, right, out.dtype), alpha=alpha)
-    else:
-        torch.mul(_product(left, right, out.dtype), alpha, out=out)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm_softmax.kernels import dense
-from lm_softmax.kernels.dense import Gradients, Matrix, Objective, accumulation_dtype, workspace
+from lm_softmax.kernels import dense, products
+from lm_softmax.kernels.dense import Gradients, Matrix, Objective, accumulation_dtype
+from lm_softmax.kernels.workspace import reads_are_cheap, workspace
 
 
 class Mixture(NamedTuple):
@@ -79,7 +80,7 @@ def mixture_losses(
     ignored = target == ignore_index
     scale = target.new_ones((), dtype=total_dtype) if scale is None else scale.to(total_dtype)
     scale = torch.where(ignored, 0, scale)
-    if dense.reads_are_cheap(target):
+    if reads_are_cheap(target):
         kept = (~ignored).nonzero().squeeze(1)
     else:  # which need not wait for the values: tokens to ignore weigh nothing
         kept = torch.arange(num_tokens, device=target.device)
@@ -91,12 +92,13 @@ def mixture_losses(
         largest = scale.abs().amax().clamp(min=torch.finfo(total_dtype).tiny)
         scale = scale / largest
     rounded = Matrix([mixture.weight.to(dtype)], mixture.bias)
-    factor = mixture.weight.to(dtype if dense.products_widen(inputs) else total_dtype)
+    factor = mixture.weight.to(dtype if products.products_widen(inputs) else total_dtype)
     losses = torch.zeros(num_tokens, dtype=total_dtype, device=target.device)
     if gradients is not None:
         gradients.clear()
     chunk_losses = _smoothed_losses if objective.label_smoothing else _plain_losses
-    size = _chunk_tokens(len(kept), num_experts, mixture.weight.shape[0], total_dtype)
+    num_rows = mixture.weight.shape[0]
+    size = _chunk_tokens(len(kept), num_experts, num_rows, total_dtype, inputs)
     for index, tokens in enumerate(torch.split(kept, size)):
         rows = inputs[tokens].flatten(0, 1).to(dtype)
         log_prior = mixture.log_prior[tokens].to(total_dtype)
@@ -111,9 +113,15 @@ def mixture_losses(
     return losses.masked_fill_(ignored, 0)
 
 
-def _chunk_tokens(num_tokens: int, num_experts: int, vocab_size: int, dtype: torch.dtype) -> int:
+def _chunk_tokens(
+    num_tokens: int,
+    num_experts: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    like: Tensor | None = None,
+) -> int:
     """Tokens per chunk: all their experts' rows together are a chunk of one softmax."""
-    rows = dense.chunk_rows(num_tokens * num_experts, vocab_size, dtype)
+    rows = dense.chunk_rows(num_tokens * num_experts, vocab_size, dtype, like)
     return max(1, rows // num_experts)
 
 
@@ -198,10 +206,9 @@ def _add_gradients(
     row_scale = scale.unsqueeze(1).expand_as(of_experts) if chunk.weighted else of_experts
     of_rows = None if gradients.inputs is None else torch.empty_like(rows, dtype=scale.dtype)
     dense.add_gradients(
-        chunk.derivative,
+        chunk.derivative.mul_(row_scale.reshape(-1, 1)),
         rows,
         [weight],
-        row_scale.reshape(-1, 1),
         Gradients(of_rows, [gradients.weight], gradients.bias),
         keep=keep,
     )

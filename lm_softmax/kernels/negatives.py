@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm_softmax.kernels import dense
+from lm_softmax.kernels import dense, products
 from lm_softmax.kernels.dense import (
     Gradients,
     Matrix,
     accumulation_dtype,
     autocast_off,
-    workspace,
 )
 from lm_softmax.kernels.operations import register_derivatives, summed
+from lm_softmax.kernels.workspace import workspace
 
 NO_HIT, IGNORED = -1, -2
 MASKED = -1e30  # a logit of probability 0; -inf would be nan where every negative is masked
@@ -166,7 +166,7 @@ def _losses(
     if gradients is not None:
         for buffer in gradients.present():
             buffer.zero_()
-    gradient_dtype = dtype if dense.products_widen(hidden) else total_dtype
+    gradient_dtype = dtype if products.products_widen(hidden) else total_dtype
     blocks = [negatives.rows.to(gradient_dtype)]
     largest, one = None, hidden.new_ones((), dtype=total_dtype)
     scale = torch.where(ignored, 0, one if scale is None else scale.to(total_dtype))
@@ -176,7 +176,7 @@ def _losses(
     negatives = negatives._replace(rows=negatives.rows.to(dtype))
     derive = _derive_logistic if logistic else _derive_softmax
     losses = torch.empty(hidden.shape[0], dtype=total_dtype, device=hidden.device)
-    rows = dense.chunk_rows(hidden.shape[0], negatives.rows.shape[0], total_dtype)
+    rows = dense.chunk_rows(hidden.shape[0], negatives.rows.shape[0], total_dtype, hidden)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         inputs, target = hidden[part].to(dtype), negatives.of_target[part].to(total_dtype)
@@ -210,7 +210,7 @@ def _add_gradients(
         derivative.mul_(slope)
     matrix = gradients.of_matrix
     matrix = matrix._replace(hidden=None if matrix.hidden is None else matrix.hidden[part])
-    dense.add_gradients(derivative, inputs, blocks, None, matrix, keep=True)
+    dense.add_gradients(derivative, inputs, blocks, matrix, keep=True)
 
 
 def _logits(

@@ -241,11 +241,11 @@ def _backward_gradients(
     made, ctx.made = ctx.made, None  # scaled in place and handed out, by the first backward
     if made is None:
         made = loss_and_gradients(hidden, target, None, parameters, needs, *options)[1:]
-    of_hidden, *of_parameters = (
-        gradient.mul_(factor).to(tensor.dtype) if need else None
-        for gradient, tensor, need in zip(made, (hidden, *parameters), needs, strict=True)
-    )
-    return of_hidden, None, None, of_parameters, *[None] * len(ctx.options)
+    made, found = list(made), []
+    for tensor, need in zip((hidden, *parameters), needs, strict=True):
+        gradient = made.pop(0)  # in float32, and freed when it has been converted
+        found.append(gradient.mul_(factor).to(tensor.dtype) if need else None)
+    return found[0], None, None, found[1:], *[None] * len(ctx.options)
 
 
 register_derivatives(_token_losses, _loss_and_gradients)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm_softmax.kernels.dense import accumulation_dtype, autocast_off, reads_are_cheap
+from lm_softmax.kernels.dense import accumulation_dtype, autocast_off
 from lm_softmax.kernels.paths import (
     Tree,
     all_nodes,
@@ -21,6 +21,7 @@ from lm_softmax.kernels.paths import (
     losses_of,
     passed_nodes,
 )
+from lm_softmax.kernels.workspace import reads_are_cheap
 
 
 def path_nll(

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm_softmax.kernels.dense import accumulation_dtype, reads_are_cheap
+from lm_softmax.kernels.dense import accumulation_dtype
+from lm_softmax.kernels.workspace import reads_are_cheap
 
 Sparse = tuple[Tensor, Tensor | None, Tensor | None]  # node ids, rows, biases
 CHUNK_BYTES = 2**24  # of rows that are copied out at once where the derivative is missing

@@ -11,19 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm_softmax.kernels import dense
+from lm_softmax.kernels import dense, products
 from lm_softmax.kernels.codes import ProductCode, RowChunks
 from lm_softmax.kernels.dense import (
-    FP16_GAIN,
     Matrix,
     Objective,
     accumulation_dtype,
     autocast_off,
     product_dtype,
-    reads_are_cheap,
-    workspace,
 )
 from lm_softmax.kernels.operations import register_derivatives, summed
+from lm_softmax.kernels.workspace import reads_are_cheap, workspace
 
 
 class Streamed(NamedTuple):
@@ -226,7 +224,7 @@ def _pass(
         buffers = None
     chunks = RowChunks(streamed.code, dtype)
     matrix = _RowMatrix(chunks, streamed.bias)
-    if not dense.products_widen(hidden) and buffers is not None and dtype != total_dtype:
+    if not products.products_widen(hidden) and buffers is not None and dtype != total_dtype:
         chunks = RowChunks(streamed.code, total_dtype)  # as gradients are summed over chunks
     losses = torch.empty(hidden.shape[0], dtype=total_dtype, device=hidden.device)
     largest = None
@@ -235,16 +233,20 @@ def _pass(
         if dtype == torch.float16 and scale.numel():  # a GradScaler's factor would overflow
             largest = scale.abs().amax().clamp(min=torch.finfo(total_dtype).tiny)
             scale = scale / largest
-    size = dense.chunk_rows(hidden.shape[0], matrix.num_rows, total_dtype)
+    size = dense.chunk_rows(hidden.shape[0], matrix.num_rows, total_dtype, hidden)
     for start in range(0, hidden.shape[0], size):
         part = slice(start, start + size)
         inputs = hidden[part].to(dtype)
         losses[part], derivative = dense.row_losses(
-            inputs, matrix, target[part], objective, with_derivative=buffers is not None
+            inputs,
+            matrix,
+            target[part],
+            objective,
+            with_derivative=buffers is not None,
+            scale=None if scale is None else scale[part],
+            dtype=chunks.table.dtype,
         )
         if buffers is not None and derivative is not None:
-            if scale is not None:
-                derivative.mul_(scale[part].unsqueeze(1))
             of_hidden = None if buffers.hidden is None else buffers.hidden[part]
             _add_gradients(derivative, inputs, chunks, buffers._replace(hidden=of_hidden))
     if buffers is not None:
@@ -262,23 +264,21 @@ def _add_gradients(
 ) -> None:
     """Add what the derivatives of some tokens by all logits give, a chunk of words at a time.
 
+    The derivative is of the dtype of the chunks, and holds its gain.
     With a latent matrix the centroids' gradient is left out: it is summed from the latent's.
     """
+    tokens, gain = inputs.to(derivative.dtype), products.gain_of(derivative.dtype)
     if buffers.bias is not None:
-        buffers.bias.add_(derivative.sum(0))
-    dtype = chunks.table.dtype
-    gain = FP16_GAIN if dtype == torch.float16 else 1.0
-    left = derivative if dtype == derivative.dtype else (derivative * gain).to(dtype)
-    tokens = inputs.to(dtype)
+        buffers.bias.add_(derivative.sum(0, dtype=buffers.bias.dtype), alpha=1 / gain)
     for index, part in enumerate(chunks.slices):
-        columns = left[:, part]
+        columns = derivative[:, part]
         if buffers.hidden is not None:
-            dense.accumulate(buffers.hidden, columns, chunks[index], keep=True, alpha=1 / gain)
+            products.accumulate(buffers.hidden, columns, chunks[index], keep=True, alpha=1 / gain)
         if buffers.latent is not None:
             of_rows = buffers.latent[part]
-            dense.accumulate(of_rows, columns.t(), tokens, keep=True, alpha=1 / gain)
+            products.accumulate(of_rows, columns.t(), tokens, keep=True, alpha=1 / gain)
         elif buffers.centroids is not None:
             shape = columns.shape[1], inputs.shape[1]
-            of_rows = workspace("of_rows", shape, derivative, derivative.dtype)
-            dense.accumulate(of_rows, columns.t(), tokens, keep=False, alpha=1 / gain)
+            of_rows = workspace("of_rows", shape, inputs, buffers.centroids.dtype)
+            products.accumulate(of_rows, columns.t(), tokens, keep=False, alpha=1 / gain)
             chunks.code.add_rows(part, of_rows, buffers.centroids)

@@ -10,7 +10,7 @@ import torch
 from cases import CASES, counts_of, randomise
 from torch.testing import assert_close
 
-from lm_softmax.kernels import dense
+from lm_softmax.kernels import dense, products, workspace
 
 SIZES = [(5, 7, (3,)), (13, 101, (2, 9)), (16, 33, (4, 1, 3))]  # hidden, vocabulary, batch
 IGNORE = -100
@@ -124,8 +124,8 @@ class TestGradients:
     def test_are_not_made_without_need(self, case, monkeypatch):
         head, hidden, target = problem(case)
         expected = seeded(head.loss, hidden, target).detach()
-        for name in ("add_gradients", "accumulate"):
-            monkeypatch.setattr(dense, name, None)  # calling it would fail
+        for module, name in ((dense, "add_gradients"), (products, "accumulate")):
+            monkeypatch.setattr(module, name, None)  # calling it would fail
         with torch.no_grad():
             assert_close(seeded(head.loss, hidden, target), expected)
         frozen = copy.deepcopy(head).requires_grad_(False)
@@ -154,7 +154,7 @@ class TestGradients:
         kept = [hidden.grad, *(parameter.grad for parameter in head.parameters())]
         head.loss(other, target.flip(0))  # reuses every work buffer
         assert_close(kept, list(expected))
-        buffers = {held.untyped_storage().data_ptr() for held in dense._buffers.held.values()}
+        buffers = {held.untyped_storage().data_ptr() for held in workspace._buffers.held.values()}
         assert not buffers & {grad.untyped_storage().data_ptr() for grad in kept}
 
     def test_of_a_second_backward_are_right(self, case):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm_softmax.kernels import Clusters, Tail, cluster_loss, dense
+from lm_softmax.kernels import Clusters, Tail, cluster_loss, dense, products, workspace
 
 
 @given(rows=st.integers(0, 10**6), vocab_size=st.integers(1, 10**7))
@@ -69,7 +69,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_never_held_as_a_whole(dtype):
-    dense._buffers.held.clear()
+    workspace._buffers.held.clear()
     hidden, weight = torch.randn(900, 4, dtype=dtype), torch.randn(20_000, 4, dtype=dtype)
     gradients = dense.Gradients(
         torch.empty_like(hidden, dtype=torch.float32),
@@ -84,7 +84,7 @@ def test_logits_are_never_held_as_a_whole(dtype):
 
 
 def test_work_buffers_serve_inference_mode_and_training():
-    dense._buffers.held.clear()
+    workspace._buffers.held.clear()
     hidden, weight = parameters((5, 3), (11, 3))
     target = torch.randint(11, (5,))
     with torch.inference_mode():
@@ -124,7 +124,7 @@ def test_weight_gradients_add_up_in_float32():
 @pytest.mark.parametrize("scaled", [False, True])
 def test_fp16_operands_neither_overflow_nor_vanish(scaled, monkeypatch):
     """The path of a GPU, whose products of fp16 have float32 sums."""
-    monkeypatch.setattr(dense, "products_widen", lambda tensor: True)
+    monkeypatch.setattr(products, "products_widen", lambda tensor: True)
     hidden, weight = torch.randn(500, 16), torch.randn(3000, 16) * 0.1
     target = torch.zeros(500, dtype=torch.int64)
     scale = torch.full((500,), 65536.0) if scaled else None
@@ -148,7 +148,7 @@ def test_fp16_operands_neither_overflow_nor_vanish(scaled, monkeypatch):
 @pytest.fixture
 def accelerator(monkeypatch):
     """The paths of a device that the host does not wait for, run on a CPU."""
-    for module in ("dense", "clusters"):
+    for module in ("dense", "clusters", "workspace"):
         monkeypatch.setattr(f"lm_softmax.kernels.{module}.reads_are_cheap", lambda tensor: False)
 
 

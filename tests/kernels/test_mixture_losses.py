@@ -7,7 +7,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm_softmax.heads import MixtureOfSoftmaxes
-from lm_softmax.kernels import Mixture, Objective, dense, mixture_loss, mixture_nll
+from lm_softmax.kernels import (
+    Mixture,
+    Objective,
+    dense,
+    mixture_loss,
+    mixture_nll,
+    products,
+    workspace,
+)
 from lm_softmax.kernels import mixture as kernel
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -80,7 +88,8 @@ def test_more_experts_than_rows_of_a_chunk(small_chunks):
 @pytest.fixture
 def accelerator(monkeypatch):
     """The paths of a device that the host does not wait for, run on a CPU."""
-    monkeypatch.setattr(dense, "reads_are_cheap", lambda tensor: False)
+    for module in (dense, kernel, workspace):
+        monkeypatch.setattr(module, "reads_are_cheap", lambda tensor: False)
 
 
 @smoothings
@@ -101,7 +110,8 @@ def test_an_accelerator_masks_what_it_ignores(accelerator, smoothing):
 @pytest.mark.parametrize("cheap", [True, False])
 @smoothings
 def test_probabilities_that_underflow(monkeypatch, cheap, smoothing):
-    monkeypatch.setattr(dense, "reads_are_cheap", lambda tensor: cheap)
+    for module in (dense, kernel, workspace):
+        monkeypatch.setattr(module, "reads_are_cheap", lambda tensor: cheap)
     inputs, target, mixture = problem(dtype=torch.float32)
     with torch.no_grad():
         mixture.weight.mul_(60)
@@ -116,7 +126,7 @@ def test_probabilities_that_underflow(monkeypatch, cheap, smoothing):
 @smoothings
 def test_fp16_operands_neither_overflow_nor_vanish(scaled, smoothing, monkeypatch):
     """The path of a GPU, whose products of fp16 have float32 sums, and a GradScaler's factor."""
-    monkeypatch.setattr(dense, "products_widen", lambda tensor: True)
+    monkeypatch.setattr(products, "products_widen", lambda tensor: True)
     inputs, target, mixture = problem(150, 2, 16, 3000, torch.float32)
     with torch.no_grad():
         mixture.weight.mul_(0.1)
@@ -170,13 +180,13 @@ def test_memory_does_not_grow_with_the_number_of_experts(softcap, smoothing, dty
     monkeypatch.setattr(dense, "MIN_CHUNK_ROWS", 1)
     found = []
     for experts in (1, 4, 16):
-        dense._buffers.held.clear()
+        workspace._buffers.held.clear()
         inputs, target, mixture = problem(100, experts, 4, 2000, dtype)
         with Allocated() as allocated:
             kernel_gradients(
                 inputs, target, None, mixture, dtype, smoothing=smoothing, softcap=softcap
             )
-        held = sum(buffer.numel() for buffer in dense._buffers.held.values())
+        held = sum(buffer.numel() for buffer in workspace._buffers.held.values())
         found.append((allocated.largest, held))
     largest, kept = (torch.tensor(numbers) for numbers in zip(*found, strict=True))
     assert (largest > 100 * 2000 / 8).all()

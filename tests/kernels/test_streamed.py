@@ -16,6 +16,7 @@ from lm_softmax.kernels import (
     dense,
     streamed_loss,
     streamed_nll,
+    workspace,
 )
 from lm_softmax.kernels import codes as codes_module
 from lm_softmax.kernels import streamed as streamed_module
@@ -205,9 +206,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("derived", [False, True])
 def test_neither_logits_nor_rows_are_held_as_a_whole(learned, derived, cheap, monkeypatch):
-    for module in (dense, streamed_module):
+    for module in (dense, streamed_module, workspace):
         monkeypatch.setattr(module, "reads_are_cheap", lambda _: cheap)
-    dense._buffers.held.clear()
+    workspace._buffers.held.clear()
     num_rows, width, tokens = 40_000, 64, 200
     monkeypatch.setattr(dense, "CHUNK_BYTES", tokens * num_rows)  # a quarter of the logits
     code = random_code(num_rows, 8, 16, 8, torch.float32)
@@ -270,11 +271,11 @@ def test_rows_are_not_kept_for_backward():
 
 
 def test_work_buffers_do_not_hold_the_rows():
-    dense._buffers.held.clear()
+    workspace._buffers.held.clear()
     code = random_code(40_000, 8, 16, 8, torch.float32)
     hidden = torch.randn(400, 64, requires_grad=True)
     streamed_loss(hidden, torch.zeros(400, dtype=torch.int64), Streamed(code, None)).backward()
-    held = {name: buffer.numel() * 4 for (name, _), buffer in dense._buffers.held.items()}
+    held = {name: buffer.numel() * 4 for (name, _), buffer in workspace._buffers.held.items()}
     assert held["rows"] <= codes_module.ROWS_BYTES
     assert held["of_rows"] <= codes_module.ROWS_BYTES
     assert held["logits"] <= dense.CHUNK_BYTES

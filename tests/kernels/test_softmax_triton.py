@@ -228,7 +228,7 @@ def test_whole_heads_compute_the_same(make, options, reduction, request, monkeyp
     expected = step(head, hidden, target, reduction)
     calls = request.getfixturevalue("fused")
     found = step(head, hidden, target, reduction)
-    assert len(calls) >= 3
+    assert len(calls) >= 2
     assert_close(found, expected)
     with torch.no_grad():
         assert_close(head.loss(hidden, target, reduction=reduction), expected[0])

@@ -223,7 +223,8 @@ def test_neither_logits_nor_rows_are_held_as_a_whole(learned, derived, cheap, mo
     # the pass itself: inside of a registered operation the mode would see nothing
     with torch.no_grad(), Largest(width) as largest:
         streamed_module._losses(hidden, target, None, *arguments)
-    assert tokens * num_rows / 8 < largest.numel <= tokens * num_rows / 4
+    # an accelerator's chunk has at least as many rows as the matrix is wide
+    assert largest.numel == (50 if cheap else width) * num_rows
     assert largest.rows <= codes_module.ROWS_BYTES // (4 * width)
 
 

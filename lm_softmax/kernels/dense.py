@@ -188,7 +188,7 @@ def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Ten
     """Logits of a chunk written into `out`."""
     start = 0
     for block in matrix.blocks:
-        for rows in block.split(WORD_BLOCK) if reads_are_cheap(inputs) else [block]:
+        for rows in torch.split(block, WORD_BLOCK) if reads_are_cheap(inputs) else [block]:
             words = slice(start, start + rows.shape[0])
             bias = None if matrix.bias is None else matrix.bias[words]
             if bias is not None and rows.dtype == out.dtype:

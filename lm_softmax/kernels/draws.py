@@ -20,6 +20,7 @@ BLOCK_BYTES = 2**22  # of logits that are made at once: they stay in the cache
 MIN_BLOCK_WORDS = 2**12
 MAX_ROWS = 2**10  # whose logits are made at once
 MAX_DRAWS = 2**12  # that copy the running sums of their rows at once
+FEW_WEIGHTS = 2**16  # which may be copied for each draw, and be summed in float64 at once
 COLDEST = 1e-30  # a temperature below it draws as this one does, and quotients do not overflow
 
 
@@ -92,6 +93,9 @@ def draw_words(
     Raises:
         ValueError: If the logits of a row give no distribution but nan.
     """
+    if row.shape[0] * words.num_words <= FEW_WEIGHTS:
+        table = words.logits(slice(0, words.num_words))
+        return draw(softmax_weights(table, temperature), row, generator)
     drawn = torch.zeros_like(row)
     peak: Tensor | None = None
     total = torch.zeros((), dtype=sum_dtype(row), device=row.device)
@@ -142,6 +146,12 @@ def draw(weights: Tensor, row: Tensor, generator: torch.Generator | None) -> Ten
     Raises:
         ValueError: If a row of weights has nan.
     """
+    if row.shape[0] * weights.shape[1] <= FEW_WEIGHTS:
+        of_draws = weights[row].to(sum_dtype(weights))
+        total = of_draws.sum(1, keepdim=True)
+        check_total(total)
+        found, _ = _first_above(of_draws, uniform(row, generator).unsqueeze(1) * total)
+        return found.squeeze(1)
     sums = part_sums(weights)
     total = sums.sum(1)
     check_total(total)
@@ -179,7 +189,8 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 def softmax_weights(log_weights: Tensor, temperature: float = 1.0) -> Tensor:
     """`exp((log_weights - best) / temperature)` of each row, `best` being its largest."""
-    return _tempered(log_weights - log_weights.amax(1, keepdim=True), temperature)
+    peak = log_weights.amax(1, keepdim=True).clamp(min=torch.finfo(log_weights.dtype).min)
+    return _tempered(log_weights - peak, temperature)
 
 
 def part_sums(weights: Tensor) -> Tensor:
@@ -210,9 +221,10 @@ def check_total(total: Tensor) -> None:
 
 def _search(weights: Tensor, sums: Tensor, row: Tensor, position: Tensor) -> Tensor:
     """Columns in which the running sum of `weights[row]` passes each position."""
+    if row.shape[0] <= MAX_DRAWS:
+        return _search_some(weights, sums, row, position)
     pairs = zip(torch.split(row, MAX_DRAWS), torch.split(position, MAX_DRAWS), strict=True)
-    found = [_search_some(weights, sums, *pair) for pair in pairs]
-    return torch.cat(found) if found else row
+    return torch.cat([_search_some(weights, sums, *pair) for pair in pairs])
 
 
 def _search_some(weights: Tensor, sums: Tensor, row: Tensor, position: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ def _draw(
     entry = _draw_entries(rows, row, temperature, generator)
     drawn = entry.clone()
     starts = [start := start + n for n in (0, *(len(tail.weight) for tail in clusters.tails))]
-    for i in torch.unique(entry[entry >= first]).tolist():
+    for i in torch.unique(entry).tolist():
+        if i < first:
+            continue
         mine = (entry == i).nonzero().squeeze(1)
         opened, local = torch.unique(row[mine], return_inverse=True)
         words = rows.tail(i - first, opened)

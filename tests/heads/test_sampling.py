@@ -10,11 +10,12 @@ import pytest
 import torch
 from cases import CASES, adaptive, counts_of, hierarchical, randomise
 from test_contract import chi_square, truncated
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, OutputHead
 from lm_softmax.heads import hierarchical as hierarchical_module
-from lm_softmax.kernels import draws, tree_draws, two_stage
+from lm_softmax.kernels import draws, table_draws, tree_draws, two_stage
 
 WORDS = 300
 heads = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -139,6 +140,17 @@ def test_equal_words_at_the_border_go_by_id(top_p, num_samples):
     assert drawn == sorted(order[i] for i in inside)
 
 
+def test_a_small_nucleus_takes_few_draws(monkeypatch):
+    """What was refused bounds the next draw: a thousand rounds would be needed without."""
+    calls = []
+    draw = table_draws.draw
+    monkeypatch.setattr(table_draws, "draw", lambda *args: calls.append(1) or draw(*args))
+    head, _ = problem(FullSoftmax, 2000, scale=0.01)
+    hidden = torch.randn(40, 6, dtype=torch.float64)
+    assert (head.sample(hidden, 3, top_p=1e-9) == head.topk(hidden, 1).indices).all()
+    assert len(calls) < 60
+
+
 @heads
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.5}, {"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.5}], ids=str
@@ -210,6 +222,17 @@ def test_log_probabilities_of_all_words_are_never_held(name, temperature):
     with Largest() as largest:
         head.sample(hidden, temperature=temperature)
     assert largest.numel < 64 * 60_000 / 2
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 1.5, 30.0])
+def test_sum_of_powers_over_blocks(temperature, monkeypatch):
+    for name, value in (("BLOCK_BYTES", 0), ("MIN_BLOCK_WORDS", 64)):
+        monkeypatch.setattr(draws, name, value)
+    logits = torch.randn(5, 300, dtype=torch.float64) + torch.linspace(0, 900, 300)
+    logits = torch.cat([logits, logits.flip(1)])
+    words = draws.Words(10, 300, lambda part: logits[:, part].clone())
+    expected = torch.logsumexp(logits.log_softmax(1) / temperature, 1)
+    assert_close(draws.log_power_sum(words, temperature), expected, rtol=1e-10, atol=1e-10)
 
 
 class TestInverse:

@@ -152,7 +152,10 @@ class OutputHead(nn.Module, ABC):
 
         `p(w) ** (1 / temperature)` over the whole vocabulary is normalised, then cut to the `top_k`
         most probable words, then to the smallest set of most probable words that holds `top_p` of
-        what is left, in this order. A temperature of 0 takes the most probable word.
+        what is left, in this order. A temperature of 0 takes the most probable word. Equal to
+        `torch.multinomial` of these probabilities in distribution, not in the numbers it takes from
+        the generator; a head computes no more of them than its structure asks for, but with `top_p`
+        and no `top_k` all of them, for a limited number of positions at a time.
 
         Raises:
             ValueError: If `num_samples` or `top_k` is out of range, `temperature` is negative, or

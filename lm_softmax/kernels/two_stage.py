@@ -57,14 +57,13 @@ def draw_from_clusters(
 
     First a word of the short-list or a cluster is drawn, then a word of that cluster, and only
     rows that drew it open it. The weight of a cluster is `p(cluster) ** (1 / temperature)` times
-    the sum of `p(w | cluster) ** (1 / temperature)`, which is unknown until it is opened, but at
-    most 1 below temperature 1, and `n ** (1 - 1 / temperature)` above, for n words. So clusters are
-    proposed by these bounds; one that is proposed is opened, accepted with the share of its weight
-    in the bound, and from then on has that weight; for what is rejected there is another proposal.
-    Whatever the bounds are, a proposal is accepted in proportion to the true weights, so that
-    what is accepted has the distribution that is wanted. Each rejection opens a cluster, so there
-    are at most as many as clusters, and no cluster is opened twice for a row before its word is
-    drawn. Tempering cluster and word each for itself would be another distribution.
+    the sum of `p(w | cluster) ** (1 / temperature)`: unknown until it is opened, but at most 1
+    below temperature 1, and `n ** (1 - 1 / temperature)` above, for n words. Clusters are proposed
+    by these bounds. One that is proposed is opened, accepted with the share of its weight in the
+    bound, and from then on proposed by its weight; what is rejected is proposed again. A proposal
+    is accepted in proportion to the true weights whatever the bounds are, so that accepted ones
+    have the distribution wanted; each rejection opens a cluster, so there are no more of them than
+    clusters. Tempering cluster and word each for itself would be another distribution.
 
     Args:
         hidden: `(N, width)`.

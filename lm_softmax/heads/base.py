@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_softmax.kernels import accumulation_dtype
+from lm_softmax.kernels import Draws, accumulation_dtype, draw_from_table
 
 Reduction = Literal["mean", "sum", "none"]
 ROW_CHUNK_BYTES = 2**26  # of log-probabilities that topk and sample hold at once
@@ -152,26 +152,42 @@ class OutputHead(nn.Module, ABC):
 
         `p(w) ** (1 / temperature)` over the whole vocabulary is normalised, then cut to the `top_k`
         most probable words, then to the smallest set of most probable words that holds `top_p` of
-        what is left, in this order. A temperature of 0 takes the most probable word.
+        what is left, in this order. A temperature of 0 takes the most probable word. Equal to
+        `torch.multinomial` of these probabilities in distribution, not in the numbers it takes from
+        the generator; a head computes no more of them than its structure asks for, but with `top_p`
+        and no `top_k` all of them, for a limited number of positions at a time.
 
         Raises:
             ValueError: If `num_samples` or `top_k` is out of range, `temperature` is negative, or
                 `top_p` is not in `(0, 1]`.
         """
         self._check_sampling(num_samples, temperature, top_k, top_p)
+        rows, shape = self._flatten(hidden), (*hidden.shape[:-1], num_samples)
+        if not rows.shape[0]:
+            return torch.empty(shape, dtype=torch.int64, device=rows.device)
         if temperature == 0:
-            best = self.topk(hidden, 1).indices
-            return best.expand(*hidden.shape[:-1], num_samples).contiguous()
-        drawn = []
-        for part in self._row_chunks(self._flatten(hidden)):
-            log_probs = self.log_prob(part)
-            if log_probs.device.type != "mps":  # which has no float64
-                log_probs = log_probs.double()
-            best = log_probs.amax(-1, keepdim=True)  # subtracted lest a quotient overflow
-            weights = torch.softmax((log_probs - best) / temperature, -1)
-            weights = _truncate(weights, top_k, top_p)
-            drawn.append(_draw(weights, num_samples, generator))
-        return torch.cat(drawn).view(*hidden.shape[:-1], num_samples)
+            return self._best(rows, 1).indices.expand(-1, num_samples).reshape(shape)
+        top_p = None if top_p == 1 else top_p
+        draws = Draws(num_samples, temperature, top_p, generator)
+        if top_k is not None and top_k < self.vocab_size:
+            found = self._best(rows, top_k)
+            place = draw_from_table(found.log_probs, draws)
+            return found.indices.gather(1, place).view(shape)
+        return self._draw(rows, draws).view(shape)
+
+    def _draw(self, rows: Tensor, draws: Draws) -> Tensor:
+        """Ids `(N, num_samples)` drawn from all words; whatever is cheaper overrides it."""
+        return torch.cat(
+            [draw_from_table(self._log_probs(part), draws) for part in self._row_chunks(rows)]
+        )
+
+    def _best(self, rows: Tensor, k: int) -> TopK:
+        """`topk` of the class: that of a wrapped module (FSDP2) leaves parameters in parts."""
+        return type(self).topk(self, rows, k)
+
+    def _log_probs(self, rows: Tensor) -> Tensor:
+        """`log_prob` of the class, for the reason of `_best`."""
+        return type(self).log_prob(self, rows)
 
     def tie_weight(self, embedding: nn.Module) -> None:
         """Share the output matrix with the input embedding (Press and Wolf 2017).
@@ -309,33 +325,3 @@ def _stable_topk(log_probs: Tensor, k: int) -> TopK:
         stable=True, dim=-1, descending=True
     )
     return TopK(values, indices.gather(-1, order_by_value))
-
-
-def _truncate(weights: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Probabilities `(N, V)` cut to the top k, then to the nucleus of what is left."""
-    if top_k is None and top_p is None:
-        return weights
-    if top_k is not None and top_k < weights.shape[-1]:
-        kept = _stable_topk(weights, top_k)
-        weights = torch.zeros_like(weights).scatter_(-1, kept.indices, kept.log_probs)
-    if top_p is not None and top_p < 1:
-        ordered, ids = weights.sort(stable=True, dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
-        weights = torch.zeros_like(weights).scatter_(-1, ids, ordered)
-    return weights
-
-
-def _draw(weights: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """Ids drawn in proportion to float64 weights `(N, V)` by the inverse of their running sum.
-
-    `torch.multinomial` refuses more than 2**24 words.
-    """
-    sums = weights.cumsum(-1)
-    if sums[:, -1].isnan().any():
-        raise ValueError("hidden gives some position no distribution to draw from, but nan")
-    shape = (weights.shape[0], num_samples)
-    uniform = torch.rand(shape, generator=generator, dtype=weights.dtype, device=weights.device)
-    drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-    last = (weights > 0).cumsum(-1).argmax(-1, keepdim=True)  # rounding may lead past it
-    return torch.minimum(drawn, last)

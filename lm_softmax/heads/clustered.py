@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from lm_softmax.heads.exact import ExactHead
 from lm_softmax.kernels import (
     Clusters,
+    Draws,
     Objective,
     accumulation_dtype,
     autocast_off,
     cluster_loss,
     cluster_nll,
+    draw_from_clusters,
     product_dtype,
 )
 
@@ -39,6 +41,12 @@ class ClusteredHead(ExactHead):
     def _summed_loss(self, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
         inputs = self._inputs(rows, target)
         return cluster_loss(inputs, target, self.clusters(), objective, self.ignore_index)
+
+    def _draw(self, rows: Tensor, draws: Draws) -> Tensor:
+        if draws.top_p is not None:
+            return super()._draw(rows, draws)
+        softcap = self.objective.softcap
+        return draw_from_clusters(self._inputs(rows), self.clusters(), softcap, draws)
 
 
 def tied_weight(embedding: nn.Module, shape: tuple[int, int], name: str, axes: str) -> nn.Parameter:

@@ -1,5 +1,6 @@
 """Hierarchical softmax: a word is reached by decisions, down a binary tree or class first."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,15 +17,20 @@ from lm_softmax.heads.cutoffs import resolve_cutoffs, zipf_counts
 from lm_softmax.heads.exact import ExactHead
 from lm_softmax.heads.word_classes import WordClasses, initial_biases, resolve_classes
 from lm_softmax.kernels import (
+    Draws,
     Objective,
     accumulation_dtype,
     autocast_off,
     cluster_loss,
     cluster_nll,
+    draw_from_clusters,
 )
 from lm_softmax.kernels.path_operations import path_nll
 from lm_softmax.kernels.paths import Tree
+from lm_softmax.kernels.tree_draws import TreeNodes, draw_from_tree
 from lm_softmax.kernels.tree_search import tree_topk
+
+WALK_COST = 16  # of a node on the way of one draw, beside that of one in a product with all
 
 
 class HierarchicalSoftmax(ExactHead):
@@ -72,6 +78,7 @@ class HierarchicalSoftmax(ExactHead):
     up: Tensor
     depth: Tensor
     order: Tensor
+    num_leaves: Tensor
     slots: Tensor
     class_starts: Tensor
 
@@ -151,7 +158,7 @@ class HierarchicalSoftmax(ExactHead):
         """What follows from the tree, for a new head and a loaded one."""
         shape = trees.shape_of(children)
         self.level_sizes = shape.level_sizes
-        for name in ("up", "depth", "order", "slots"):
+        for name in ("up", "depth", "order", "num_leaves", "slots"):
             derived = getattr(shape, name).to(self.tree.device)
             self.register_buffer(name, derived, persistent=False)
 
@@ -219,6 +226,28 @@ class HierarchicalSoftmax(ExactHead):
             values[failed], indices[failed] = super().topk(rows[failed], k)
         shape = (*hidden.shape[:-1], k)
         return TopK(values.view(shape), indices.view(shape))
+
+    def _draw(self, rows: Tensor, draws: Draws) -> Tensor:
+        """Classes in two stages; down a binary tree where that passes few of its nodes.
+
+        Away from temperature 1 walks down a tree may be rejected; words that are given up are drawn
+        from all. Many draws of a row read all words as well.
+        """
+        if draws.top_p is not None:
+            return super()._draw(rows, draws)
+        if self.has_classes:
+            return draw_from_clusters(rows, self._classes().clusters(), None, draws)
+        if draws.num_samples * (1 + math.log2(self.vocab_size)) * WALK_COST > self.vocab_size:
+            return super()._draw(rows, draws)
+        best = self._best(rows, 1).log_probs.squeeze(1) if draws.temperature < 1 else None
+        nodes = TreeNodes(self.weight, self.bias, self.tree, self.num_leaves)
+        with autocast_off(rows):
+            drawn = draw_from_tree(rows, nodes, draws, best)
+        given_up = (drawn < 0).any(1)
+        if given_up.any():
+            again = super()._draw(rows[given_up], draws)
+            drawn[given_up] = torch.where(drawn[given_up] < 0, again, drawn[given_up])
+        return drawn
 
     def structure(self) -> dict[str, Any]:
         """The tree as a tensor of children, or where the classes begin."""

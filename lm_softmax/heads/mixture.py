@@ -14,10 +14,12 @@ from lm_softmax.heads.clustered import (
 )
 from lm_softmax.heads.exact import ExactHead
 from lm_softmax.kernels import (
+    Draws,
     Mixture,
     Objective,
     accumulation_dtype,
     autocast_off,
+    draw_from_mixture,
     mixture_loss,
     mixture_nll,
     product_dtype,
@@ -126,6 +128,11 @@ class MixtureOfSoftmaxes(ExactHead):
             mixed = of_expert if mixed is None else torch.logaddexp(mixed, of_expert)
         assert mixed is not None
         return mixed
+
+    def _draw(self, rows: Tensor, draws: Draws) -> Tensor:
+        if draws.top_p is not None or draws.temperature != 1:  # a power of a sum
+            return super()._draw(rows, draws)
+        return draw_from_mixture(*self._experts(rows), self.objective.softcap, draws)
 
     def tie_weight(self, embedding: nn.Module) -> None:
         """Share the output rows with an embedding that is `expert_size` wide.

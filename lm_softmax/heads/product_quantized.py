@@ -17,10 +17,12 @@ from lm_softmax.heads.quantized_matrix import (
     quantized_factors,
 )
 from lm_softmax.kernels import (
+    Draws,
     Objective,
     Streamed,
     autocast_off,
     code_logits,
+    draw_from_logits,
     product_dtype,
     streamed_loss,
     streamed_nll,
@@ -162,15 +164,25 @@ class ProductQuantizedSoftmax(ExactHead):
         return rows
 
     def _all_log_probs(self, rows: Tensor) -> Tensor:
-        inputs = self._inputs(rows)
-        dtype = product_dtype(inputs, self.output.centroids)  # which autocast decides
+        return torch.log_softmax(self._logits(self._inputs(rows), slice(None)), -1)
+
+    def _logits(self, inputs: Tensor, part: slice) -> Tensor:
+        """Logits of some words."""
+        code, latent = self.output.code, self.output.latent
+        dtype = product_dtype(inputs, code.centroids)  # which autocast decides
         with autocast_off(inputs):
-            logits = code_logits(inputs, self.output.code, self.output.latent, dtype)
+            code = code._replace(codes=code.codes[part])
+            logits = code_logits(inputs, code, None if latent is None else latent[part], dtype)
             if self.bias is not None:
-                logits = logits + self.bias
+                logits = logits + self.bias[part]
             if self.objective.softcap is not None:
                 logits = self.objective.softcap * torch.tanh(logits / self.objective.softcap)
-            return torch.log_softmax(logits, -1)
+            return logits
+
+    def _draw(self, rows: Tensor, draws: Draws) -> Tensor:
+        if draws.top_p is not None:
+            return super()._draw(rows, draws)
+        return draw_from_logits(self._inputs(rows), self.vocab_size, self._logits, draws)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:

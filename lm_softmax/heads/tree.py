@@ -20,6 +20,7 @@ class TreeShape(NamedTuple):
     up: Tensor  # (2V - 1,): 2 * parent + side of each word and inner node; -1 for the root
     depth: Tensor  # (V,): inner nodes on the way to each word
     order: Tensor  # (V,): place of each word among the words, level by level and left to right
+    num_leaves: Tensor  # (V - 1,): words below each inner node
     slots: Tensor  # (2V - 2,): of each level's children the places of the words, then of the nodes
     level_sizes: list[int]  # inner nodes of each level
 
@@ -212,7 +213,8 @@ def shape_of(children: Tensor) -> TreeShape:
     order[torch.cat(words)] = torch.arange(vocab_size, device="cpu")
     whole = torch.int32 if vocab_size <= MOST_INT32 else torch.int64
     slot = torch.cat(slots).to(whole)
-    return TreeShape(up.to(whole), depth.to(whole), order.to(whole), slot, level_sizes)
+    leaves = sums_below(children, torch.ones(vocab_size, dtype=whole, device="cpu"), level_sizes)
+    return TreeShape(up.to(whole), depth.to(whole), order.to(whole), leaves, slot, level_sizes)
 
 
 def node_log_odds(children: Tensor, counts: Tensor) -> Tensor:
@@ -220,13 +222,20 @@ def node_log_odds(children: Tensor, counts: Tensor) -> Tensor:
 
     As biases they give the unigram distribution where `hidden` is 0.
     """
-    num_nodes = children.shape[0]
-    inner = torch.zeros(num_nodes, dtype=torch.float64, device="cpu")
-    mass = torch.cat([counts.to("cpu", torch.float64), inner])
-    stop = num_nodes
-    for size in reversed(shape_of(children).level_sizes):
-        start = stop - size
-        mass[num_nodes + 1 + start : num_nodes + 1 + stop] = mass[children[start:stop]].sum(1)
-        stop = start
+    of_words = counts.to("cpu", torch.float64)
+    inner = sums_below(children, of_words, shape_of(children).level_sizes)
+    mass = torch.cat([of_words, inner])
     left, right = mass[children].log().unbind(1)
     return left - right
+
+
+def sums_below(children: Tensor, of_words: Tensor, level_sizes: list[int]) -> Tensor:
+    """Sum over the words below each inner node of what each word has, `(V - 1,)`."""
+    num_nodes = children.shape[0]
+    sums = torch.cat([of_words, of_words.new_zeros(num_nodes)])
+    stop = num_nodes
+    for size in reversed(level_sizes):
+        start = stop - size
+        sums[num_nodes + 1 + start : num_nodes + 1 + stop] = sums[children[start:stop]].sum(1)
+        stop = start
+    return sums[num_nodes + 1 :]

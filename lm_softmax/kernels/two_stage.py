@@ -1,0 +1,169 @@
+"""Draws in two stages: of a cluster or an expert, then of a word in it."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_softmax.kernels.clusters import Clusters
+from lm_softmax.kernels.dense import Matrix, autocast_off, product_dtype
+from lm_softmax.kernels.draws import (
+    COLDEST,
+    MAX_ROWS,
+    Draws,
+    Words,
+    draw,
+    draw_words,
+    log_power_sum,
+    matrix_words,
+    softmax_weights,
+    sum_dtype,
+    uniform,
+)
+from lm_softmax.kernels.mixture import Mixture
+
+TABLE_BYTES = 2**26  # of a float64 softmax over the short-list and the clusters
+
+
+class _Rows(NamedTuple):
+    """A clustered softmax of some rows."""
+
+    inputs: Tensor  # (N, width), in the dtype of the products
+    clusters: Clusters
+    softcap: float | None
+
+    def head(self) -> Words:
+        """The softmax over the short-list and the clusters."""
+        return matrix_words(self.inputs, self.clusters.head_matrix(), self.softcap)
+
+    def tail(self, i: int, rows: Tensor) -> Words:
+        """The softmax over the words of a cluster, of some of the rows."""
+        projection, weight, bias = self.clusters.tails[i]
+        inputs = self.inputs[rows]
+        if projection is not None:
+            inputs = F.linear(inputs, projection.to(inputs.dtype))
+        return matrix_words(inputs, Matrix([weight], bias), self.softcap)
+
+
+def draw_from_clusters(
+    hidden: Tensor,
+    clusters: Clusters,
+    softcap: float | None,
+    draws: Draws,
+) -> Tensor:
+    """Ids `(N, num_samples)`, drawn in proportion to `p(w) ** (1 / temperature)`.
+
+    First a word of the short-list or a cluster is drawn, then a word of that cluster, and only
+    rows that drew it open it. The weight of a cluster is `p(cluster) ** (1 / temperature)` times
+    the sum of `p(w | cluster) ** (1 / temperature)`: unknown until it is opened, but at most 1
+    below temperature 1, and `n ** (1 - 1 / temperature)` above, for n words. Clusters are proposed
+    by these bounds. One that is proposed is opened, accepted with the share of its weight in the
+    bound, and from then on proposed by its weight; what is rejected is proposed again. A proposal
+    is accepted in proportion to the true weights whatever the bounds are, so that accepted ones
+    have the distribution wanted; each rejection opens a cluster, so there are no more of them than
+    clusters. Tempering cluster and word each for itself would be another distribution.
+
+    Args:
+        hidden: `(N, width)`.
+        clusters: The parameters.
+        softcap: Logits become `softcap * tanh(logits / softcap)`.
+        draws: What to draw; not `top_p`.
+
+    Raises:
+        ValueError: If a row has no distribution but nan.
+    """
+    inputs = hidden.to(product_dtype(hidden, clusters.weight))
+    size = MAX_ROWS
+    if clusters.tails:
+        size = max(1, min(size, TABLE_BYTES // (8 * clusters.head_matrix().num_rows)))
+    drawn = []
+    with autocast_off(hidden):
+        for part in torch.split(inputs, size):
+            rows = _Rows(part, clusters, softcap)
+            found = _draw(rows, draws.rows(part), draws.temperature, draws.generator)
+            drawn.append(draws.view(found))
+    return torch.cat(drawn)
+
+
+def _draw(
+    rows: _Rows, row: Tensor, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    """One id for each entry of `row`."""
+    clusters = rows.clusters
+    if not clusters.tails:
+        return draw_words(rows.head(), row, temperature, generator)
+    first = start = clusters.weight.shape[0]
+    entry = _draw_entries(rows, row, temperature, generator)
+    drawn = entry.clone()
+    starts = [start := start + n for n in (0, *(len(tail.weight) for tail in clusters.tails))]
+    for i in torch.unique(entry).tolist():
+        if i < first:
+            continue
+        mine = (entry == i).nonzero().squeeze(1)
+        opened, local = torch.unique(row[mine], return_inverse=True)
+        words = rows.tail(i - first, opened)
+        drawn[mine] = starts[i - first] + draw_words(words, local, temperature, generator)
+    return drawn
+
+
+def _draw_entries(
+    rows: _Rows, row: Tensor, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    """A word of the short-list, or behind them a cluster, for each entry of `row`."""
+    head = rows.head()
+    table = head.logits(slice(0, head.num_words))
+    if temperature == 1:
+        return draw(softmax_weights(table), row, generator)
+    power, first = 1 / max(temperature, COLDEST), rows.clusters.weight.shape[0]
+    sizes = [len(tail.weight) for tail in rows.clusters.tails]
+    bounds = [max(0.0, 1 - power) * math.log(size) for size in sizes]
+    table = torch.log_softmax(table.to(sum_dtype(table)), 1).mul_(power)
+    table[:, first:] += table.new_tensor(bounds)
+    is_open = torch.zeros(table.shape[0], len(sizes), dtype=torch.bool, device=table.device)
+    entry = torch.empty_like(row)
+    waiting = torch.arange(row.shape[0], device=row.device)
+    while waiting.numel():
+        some, local = torch.unique(row[waiting], return_inverse=True)
+        proposed = draw(softmax_weights(table[some]), local, generator)
+        entry[waiting] = proposed
+        rejected = []
+        for i in torch.unique(proposed[proposed >= first] - first).tolist():
+            mine = waiting[proposed == first + i]
+            opened = torch.unique(row[mine])
+            opened = opened[~is_open[opened, i]]
+            if not opened.numel():
+                continue
+            above = log_power_sum(rows.tail(i, opened), temperature) - bounds[i]
+            table[opened, first + i] += above
+            is_open[opened, i] = True
+            share = table.new_ones(table.shape[0])
+            share[opened] = above.exp()
+            rejected.append(mine[uniform(mine, generator) >= share[row[mine]]])
+        waiting = torch.cat(rejected) if rejected else waiting[:0]
+    return entry
+
+
+def draw_from_mixture(
+    inputs: Tensor, mixture: Mixture, softcap: float | None, draws: Draws
+) -> Tensor:
+    """Ids `(N, num_samples)` at temperature 1: an expert is drawn, then a word of its softmax.
+
+    Args:
+        inputs: `(N, K, width)`, of each expert, in the dtype of the products.
+        mixture: Prior and output rows.
+        softcap: Logits of each expert become `softcap * tanh(logits / softcap)`.
+        draws: What to draw; neither `temperature` nor `top_p`.
+    """
+    row = draws.rows(inputs)
+    expert = draw(softmax_weights(mixture.log_prior), row, draws.generator)
+    drawn = torch.empty_like(row)
+    matrix = Matrix([mixture.weight], mixture.bias)
+    with autocast_off(inputs):
+        for k in torch.unique(expert).tolist():
+            mine = (expert == k).nonzero().squeeze(1)
+            rows, local = torch.unique(row[mine], return_inverse=True)
+            words = matrix_words(inputs[rows, k], matrix, softcap)
+            drawn[mine] = draw_words(words, local, 1.0, draws.generator)
+    return draws.view(drawn)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm_softmax.kernels.dense import Matrix, accumulation_dtype, chunk_logits, workspace
+from lm_softmax.kernels.dense import Matrix, accumulation_dtype, chunk_logits
+from lm_softmax.kernels.workspace import workspace
 
 PART = 64  # words whose weights are summed first, and searched last
 BLOCK_BYTES = 2**22  # of logits that are made at once: they stay in the cache

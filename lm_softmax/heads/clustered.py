@@ -73,7 +73,7 @@ class ClusteredHead(ExactHead):
         rows = self._inputs(self._flatten(hidden))
         values, indices, opened = cluster_topk(rows, clusters, k, self.objective.softcap)
         top = TopK(values.view(*batch, k), indices.view(*batch, k))
-        return Search(top, opened.view(*batch, -1))
+        return Search(top, opened.view(*batch, len(clusters.tails)))
 
 
 def tied_weight(embedding: nn.Module, shape: tuple[int, int], name: str, axes: str) -> nn.Parameter:

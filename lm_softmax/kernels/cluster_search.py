@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from lm_softmax.kernels.clusters import Clusters, Tail
-from lm_softmax.kernels.dense import accumulation_dtype, autocast_off, product_dtype, workspace
-from lm_softmax.kernels.dense_search import Normaliser, dense_best, dense_logits
+from lm_softmax.kernels.dense import (
+    Matrix,
+    accumulation_dtype,
+    autocast_off,
+    product_dtype,
+    workspace,
+)
+from lm_softmax.kernels.dense_search import Normaliser, dense_logits, dense_topk
 from lm_softmax.kernels.ranking import BLOCK, merge_topk, wide_topk
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
 
 OPEN_BYTES = 2**24  # of logits of a cluster that are held at once, of one row at least
 WORTH = 2**14  # words of a cluster that is not opened without a look at its bounds
-ROUNDING = 1e-6  # of log-probabilities that bounds are compared with, as a part of them
 
 
 class ClusterTopK(NamedTuple):
@@ -38,12 +43,21 @@ class _Rows(NamedTuple):
     least: Tensor  # (n,): k-th best log-probability so far
     place: Tensor  # (n,): which rows of all
 
+    def at(self, which: Tensor) -> "_Rows":
+        """Those at some places."""
+        return _Rows(*(tensor.index_select(0, which) for tensor in self))
+
     def where(self, kept: Tensor) -> "_Rows":
         """Those that a mask keeps."""
         which = kept.nonzero().squeeze(1)
-        if len(which) == len(kept):
-            return self
-        return _Rows(*(tensor[which] for tensor in self))
+        return self if len(which) == len(kept) else self.at(which)
+
+    def split(self, size: int) -> "Iterator[_Rows]":
+        """A few at a time."""
+        if len(self.place) <= size:
+            return iter([self])
+        parts = zip(*(torch.split(tensor, size) for tensor in self), strict=True)
+        return (_Rows(*part) for part in parts)
 
 
 def cluster_topk(hidden: Tensor, clusters: Clusters, k: int, softcap: float | None) -> ClusterTopK:
@@ -59,81 +73,81 @@ def cluster_topk(hidden: Tensor, clusters: Clusters, k: int, softcap: float | No
     """
     with autocast_off(hidden):
         rows = hidden.to(product_dtype(hidden, clusters.weight))
-        values, ids, masses = _short_list(rows, clusters, k, softcap)
-        opened = torch.zeros(masses.shape, dtype=torch.bool, device=rows.device)
-        everyone = torch.arange(len(rows), device=rows.device)
-        start = clusters.weight.shape[0]
-        for index, tail in enumerate(clusters.tails):
-            at_tail = _Rows(rows, masses[:, index], values[:, -1], everyone)
-            chosen = _choose(at_tail, tail, softcap)
+        matrix = clusters.head_matrix()
+        if not clusters.tails:
+            log_probs, ids = dense_topk(rows, matrix, k, softcap)
+            return ClusterTopK(log_probs, ids, ids.new_empty(len(rows), 0, dtype=torch.bool))
+        parts = torch.split(rows, _rows_held(matrix.num_rows, rows.dtype))
+        found = [_topk(part, clusters, matrix, k, softcap) for part in parts]
+        return ClusterTopK(*map(torch.cat, zip(*found, strict=True))) if found[1:] else found[0]
+
+
+def _rows_held(num_words: int, dtype: torch.dtype) -> int:
+    """How many rows have all their logits held at once."""
+    return max(1, OPEN_BYTES // (num_words * accumulation_dtype(dtype).itemsize))
+
+
+def _topk(
+    rows: Tensor, clusters: Clusters, matrix: Matrix, k: int, softcap: float | None
+) -> ClusterTopK:
+    """The same of a few rows, in the dtype of the products."""
+    start = clusters.weight.shape[0]
+    logits = dense_logits(rows, matrix, softcap)
+    log_probs = torch.log_softmax(logits, 1)
+    values, ids = wide_topk(log_probs[:, :start], k)
+    masses = log_probs[:, start:]
+    opened = torch.zeros(masses.shape, dtype=torch.bool, device=rows.device)
+    everyone = torch.arange(len(rows), device=rows.device)
+    for index, tail in enumerate(clusters.tails):
+        at_tail = _Rows(rows, masses[:, index], values[:, -1], everyone)
+        chosen = _choose(at_tail, tail, softcap)
+        if chosen.place.shape[0]:
             opened[chosen.place, index] = True
-            for part in _parts(chosen, tail):
+            for part in chosen.split(_rows_held(tail.weight.shape[0], rows.dtype)):
                 place, best, words = _open(part, tail, k, softcap)
-                if len(place):
-                    found = merge_topk(values[place], ids[place], best, words + start, k)
-                    values[place], ids[place] = found
-            start += tail.weight.shape[0]
+                if place.shape[0]:
+                    merged = merge_topk(values[place], ids[place], best, words + start, k)
+                    values[place], ids[place] = merged
+        start += tail.weight.shape[0]
     return ClusterTopK(values, ids, opened)
-
-
-def _short_list(
-    rows: Tensor, clusters: Clusters, k: int, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of the short-list, and the log-probability of each cluster."""
-    weight, cluster_weight, bias, tails = clusters
-    num_words = weight.shape[0]
-    of_words = None if bias is None else bias[:num_words]
-    logits, ids, lse = dense_best(rows, weight, of_words, softcap, k)
-    masses = logits[:, :0]
-    if tails:
-        assert cluster_weight is not None
-        of_clusters = None if bias is None else bias[num_words:]
-        masses = dense_logits(rows, cluster_weight, of_clusters, softcap, "logits")
-        top = masses.amax(1)
-        lse = lse + Normaliser(top, masses.logsumexp(1) - top)
-        masses = lse.subtracted_from(masses)
-    return lse.subtracted_from(logits), ids, masses
 
 
 def _choose(rows: _Rows, tail: Tail, softcap: float | None) -> _Rows:
     """The rows that open a cluster, projected."""
     rows = rows.where(~(rows.mass <= rows.least))  # nan opens
-    if not len(rows.place):
+    if not rows.place.shape[0]:
         return rows
     if tail.projection is not None:
         rows = rows._replace(inputs=rows.inputs @ tail.projection.to(rows.inputs.dtype).t())
     if softcap is not None or tail.weight.shape[0] < WORTH:
         return rows
     bounds = tail_bounds(tail.weight, tail.bias, rows.inputs)
-    return rows if bounds is None else rows.where(_not_excluded(rows, tail, bounds))
+    return rows if bounds is None else _not_excluded(rows, tail, bounds)
 
 
-def _not_excluded(rows: _Rows, tail: Tail, bounds: TailBounds) -> Tensor:
-    """Rows whose k-th best some word of the cluster may be above, `(n,)`; see `TailBounds`."""
-    exact = rows.inputs.to(rows.mass.dtype)
-    norm = exact.norm(dim=1)
-    least = rows.least - rows.mass
-    least = least - bounds.rounding(norm, rows.inputs.dtype) - ROUNDING * rows.least.abs()
-    needed = bounds.blocks_needed(norm, least)
-    result = needed > 0
-    look = (result & (needed * BLOCK <= len(bounds.ids))).nonzero().squeeze(1)
-    if len(look):
-        ids = bounds.ids[: int(needed[look].max()) * BLOCK]
-        bias = None if tail.bias is None else tail.bias[ids]
-        logits = dense_logits(rows.inputs[look], tail.weight[ids], bias, None, "logits")
-        floor = bounds.log_sum + exact[look] @ bounds.centre
-        result[look] = ~(logits.amax(1) - floor <= least[look])
-    return result
-
-
-def _parts(rows: _Rows, tail: Tail) -> Iterator[_Rows]:
-    """A few rows at a time, lest all their logits be held at once."""
-    row_bytes = tail.weight.shape[0] * accumulation_dtype(rows.inputs.dtype).itemsize
-    size = max(1, OPEN_BYTES // row_bytes)
-    if len(rows.place) <= size:
-        return iter([rows] if len(rows.place) else [])
-    parts = zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
-    return (_Rows(*part) for part in parts)
+def _not_excluded(rows: _Rows, tail: Tail, bounds: TailBounds) -> _Rows:
+    """Rows whose k-th best some word of the cluster may be above; see `TailBounds`."""
+    norm = rows.inputs.norm(dim=1, dtype=rows.mass.dtype)
+    limit = bounds.limit(rows.mass, rows.least, norm, rows.inputs.dtype)
+    length = bounds.lengths(norm)
+    reaches = (~(bounds.peak[length] <= limit)).nonzero().squeeze(1)  # nan reaches
+    if reaches.shape[0] < limit.shape[0]:
+        rows, limit, length = rows.at(reaches), limit[reaches], length[reaches]
+    if not limit.shape[0]:
+        return rows
+    above = ~(bounds.table[length] <= limit.unsqueeze(1))
+    needed = (above * torch.arange(1, above.shape[1] + 1, device=length.device)).amax(1)
+    look = (needed * BLOCK <= bounds.ids.shape[0]).nonzero().squeeze(1)
+    if not look.shape[0]:
+        return rows
+    ids = bounds.ids[: int(needed[look].amax()) * BLOCK]
+    bias = None if tail.bias is None else tail.bias.index_select(0, ids)
+    inputs = rows.inputs[look]
+    logits = dense_logits(inputs, Matrix([tail.weight.index_select(0, ids)], bias), None)
+    centred = logits.amax(1) - inputs.to(limit.dtype) @ bounds.centre
+    kept = torch.ones_like(needed, dtype=torch.bool)
+    kept[look] = ~(centred <= limit[look])
+    return rows.where(kept)
 
 
 def _open(
@@ -143,14 +157,13 @@ def _open(
 
     First come the places of these rows.
     """
-    logits = dense_logits(rows.inputs, tail.weight, tail.bias, softcap, "logits")
+    logits = dense_logits(rows.inputs, Matrix([tail.weight], tail.bias), softcap)
     shares = torch.softmax(logits, 1, out=workspace("shares", logits.shape, logits, logits.dtype))
     log_sum = -shares.amax(1).log()
     better = (~(rows.mass - log_sum <= rows.least)).nonzero().squeeze(1)
-    if len(better) < len(log_sum):
-        logits, log_sum, mass = logits[better], log_sum[better], rows.mass[better]
-    else:
-        mass = rows.mass
+    place, mass = rows.place, rows.mass
+    if better.shape[0] < place.shape[0]:
+        logits, log_sum, place, mass = (x[better] for x in (logits, log_sum, place, mass))
     best, words = wide_topk(logits, min(k, logits.shape[1]))
     log_probs = Normaliser(best[:, 0], log_sum).subtracted_from(best)
-    return rows.place[better], mass.unsqueeze(1) + log_probs, words
+    return place, mass.unsqueeze(1) + log_probs, words

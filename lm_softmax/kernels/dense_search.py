@@ -43,6 +43,31 @@ class Best(NamedTuple):
     ids: Tensor  # (N, k)
     lse: Normaliser  # of all words
 
+    def top(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and ids."""
+        return self.lse.subtracted_from(self.logits), self.ids
+
+
+def dense_topk(
+    rows: Tensor, matrix: Matrix, k: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The `k` highest log-probabilities of one softmax, equal ones by lower id, and their words.
+
+    Equals `F.log_softmax(F.linear(rows, weight, bias), -1).topk(k)`, with softcap if there is one.
+    The dtype of the products is that of `rows`; never are there more than `SEARCH_BYTES` of logits.
+    """
+    dtype, (weight,) = accumulation_dtype(rows.dtype), matrix.blocks
+
+    def chunks(part: Tensor) -> Iterator[Tensor]:
+        size = chunk_words(part.shape[0], dtype)
+        for start in range(0, weight.shape[0], size):
+            bias = None if matrix.bias is None else matrix.bias[start : start + size]
+            yield dense_logits(part, Matrix([weight[start : start + size]], bias), softcap)
+
+    found = [best_of_chunks(chunks(part), part, k) for part in torch.split(rows, SEARCH_ROWS)]
+    values, ids = zip(*map(Best.top, found), strict=True)
+    return torch.cat(values), torch.cat(ids)
+
 
 def chunk_words(num_rows: int, dtype: torch.dtype) -> int:
     """Words per chunk."""
@@ -50,37 +75,12 @@ def chunk_words(num_rows: int, dtype: torch.dtype) -> int:
     return max(size // BLOCK * BLOCK, 16 * BLOCK)
 
 
-def dense_best(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, k: int
-) -> Best:
-    """The `k` best words of `F.linear(inputs, weight, bias)`, capped, and its log-sum-exp.
-
-    The dtype of the products is that of `inputs`; never are there more than `SEARCH_BYTES` of
-    logits.
-    """
-    dtype = accumulation_dtype(inputs.dtype)
-
-    def chunks(rows: Tensor) -> Iterator[Tensor]:
-        size = chunk_words(rows.shape[0], dtype)
-        for start in range(0, weight.shape[0], size):
-            of_chunk = None if bias is None else bias[start : start + size]
-            yield dense_logits(rows, weight[start : start + size], of_chunk, softcap, "logits")
-
-    found = [best_of_chunks(chunks(rows), rows, k) for rows in torch.split(inputs, SEARCH_ROWS)]
-    if len(found) == 1:
-        return found[0]
-    logits, ids, normalisers = zip(*found, strict=True)
-    lse = Normaliser(*map(torch.cat, zip(*normalisers, strict=True)))
-    return Best(torch.cat(logits), torch.cat(ids), lse)
-
-
-def dense_logits(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, name: str
-) -> Tensor:
-    """Logits in the work buffer of this name; products are of the dtype of `rows`."""
-    shape = rows.shape[0], weight.shape[0]
-    out = workspace(name, shape, rows, accumulation_dtype(rows.dtype))
-    return chunk_logits(rows, Matrix([weight.to(rows.dtype)], bias), softcap, out)
+def dense_logits(rows: Tensor, matrix: Matrix, softcap: float | None) -> Tensor:
+    """Logits in the work buffer; products are of the dtype of `rows`."""
+    shape = rows.shape[0], matrix.num_rows
+    out = workspace("logits", shape, rows, accumulation_dtype(rows.dtype))
+    blocks = [block.to(rows.dtype) for block in matrix.blocks]
+    return chunk_logits(rows, Matrix(blocks, matrix.bias), softcap, out)
 
 
 def best_of_chunks(chunks: Iterable[Tensor], rows: Tensor, k: int) -> Best:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 LARGEST_K = 1024  # beyond, the log-probabilities of all words are ranked sooner than searched
-SORTED = 2**11  # up to so many values sorting all takes less time than the calls it saves
+SORTED = 2**10  # up to so many values sorting all takes less time than the calls it saves
+WIDE = 2**14  # up to so many values blocks are not worth their calls
 BLOCK = 64  # columns of one maximum: a maximum of blocks costs far less than torch.topk of a row
 
 
@@ -45,7 +46,7 @@ def wide_topk(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Ten
     Of blocks of equal maxima the first do, since their words come first.
     """
     num_columns = values.shape[1]
-    if num_columns <= 4 * k * BLOCK:
+    if num_columns <= 4 * k * BLOCK or values.numel() <= WIDE:
         return stable_topk(values, k)
     maxima = block_maxima(values) if maxima is None else maxima
     blocks = stable_topk(maxima, k)[1].sort(1).values

@@ -21,41 +21,48 @@ from lm_softmax.kernels.dense import accumulation_dtype
 from lm_softmax.kernels.ranking import BLOCK
 
 PREVIEW = 8  # at most one in so many words is looked at before the cluster is opened
-LENGTHS = 13  # of projected rows that bounds are tabulated for, up to three times the typical one
+LENGTHS = 34  # of projected rows that bounds are kept for, up to twice the typical one
 SAMPLES = 256  # entries of the weights that are compared with what they were
 DERIVED_ROWS = 2**14  # of the weights that are centred at once
 
 
 class TailBounds(NamedTuple):
-    """What is kept of a cluster of n words: about n / PREVIEW ids, and some numbers a block."""
+    """What is kept of a cluster of n words: about n / PREVIEW ids, and some numbers a block.
+
+    The table bounds `b_w + |w - c| |z|` over each block of the order, for rows no longer than
+    `step`, twice that and so on; of still longer ones nothing is known.
+    """
 
     centre: Tensor  # (width,): the mean row
-    log_sum: Tensor  # (): log-sum-exp of the biases
+    log_sum: float  # log-sum-exp of the biases
     ids: Tensor  # (P * BLOCK,): the words of highest bound, block by block
-    step: float  # from one `|z|` of the table to the next
-    table: Tensor  # (LENGTHS, B): max of `b_w + |w - c| |z|` over each block of the order
-    magnitude: tuple[float, float]  # of biases and of rows: rounding errors, lengths beyond
+    step: float
+    table: Tensor  # (LENGTHS, B)
+    peak: Tensor  # (LENGTHS,): the largest of all blocks
+    bias_size: float  # largest absolute value
+    row_size: float  # largest norm
 
-    def blocks_needed(self, norm: Tensor, least: Tensor) -> Tensor:
-        """How many blocks of the order hold all words that may be above `least`, `(N,)`.
+    def limit(self, mass: Tensor, least: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a bound must be above, lest the log-probabilities of words be `least` or below.
 
-        The maximum over a block is convex in `|z|`, so it is below the chord between two lengths.
+        It is lower by what logits may be off whose operands and values are rounded to `dtype`, and
+        by what log-probabilities may be.
 
         Args:
-            norm: `(N,)`, of the projected rows.
-            least: `(N,)`, a log-probability within the cluster.
+            mass: `(n,)`, log-probability of the cluster.
+            least: `(n,)`, log-probability.
+            norm: `(n,)`, of the projected rows.
+            dtype: Of the products.
         """
-        place = (norm / self.step).clamp(max=LENGTHS - 1)
-        below = place.long().clamp(0, LENGTHS - 2)
-        bound = torch.lerp(self.table[below], self.table[below + 1], (place - below).unsqueeze(1))
-        beyond = (norm - self.step * (LENGTHS - 1)).clamp(min=0) * self.magnitude[1]
-        reaches = ~(bound <= (least + self.log_sum - beyond).unsqueeze(1))  # nan reaches
-        return (reaches * torch.arange(1, bound.shape[1] + 1, device=norm.device)).amax(1)
+        eps = 8 * torch.finfo(dtype).eps
+        exact = 8 * torch.finfo(least.dtype).eps
+        limit = torch.sub(least * (1 + exact), mass, alpha=1 - exact)
+        limit.sub_(norm, alpha=eps * self.row_size)
+        return limit.add_(self.log_sum - eps * (1 + self.bias_size))
 
-    def rounding(self, norm: Tensor, dtype: torch.dtype) -> Tensor:
-        """How far off a logit may be whose operands and value are rounded to `dtype`, `(N,)`."""
-        of_bias, of_rows = self.magnitude
-        return (8 * torch.finfo(dtype).eps) * (1 + of_bias + norm * of_rows)
+    def lengths(self, norm: Tensor) -> Tensor:
+        """The row of the table for each projected row, `(n,)`."""
+        return (norm / self.step).ceil_().clamp_(max=LENGTHS - 1).nan_to_num_(LENGTHS - 1).long()
 
 
 class _Entry(NamedTuple):
@@ -125,11 +132,18 @@ def _derive(weight: Tensor, bias: Tensor | None, typical: float) -> TailBounds:
     centre = sum(share @ part.to(dtype) for share, part in zip(shares, parts, strict=True))
     assert isinstance(centre, Tensor)
     norms = torch.cat([(part.to(dtype) - centre).norm(dim=1) for part in parts])
-    step = 3 * typical / (LENGTHS - 1) if 0 < typical < torch.inf else 1.0
+    step = 2 * typical / (LENGTHS - 2) if 0 < typical < torch.inf else 1.0
     order = (b + typical * norms).argsort(descending=True)
     order = torch.cat([order, order[-1:].expand(-len(order) % BLOCK)]).view(-1, BLOCK)
     table = torch.stack([(b + i * step * norms)[order].amax(1) for i in range(LENGTHS)])
-    finite = b.where(b.isfinite(), 0)
-    magnitude = float(finite.abs().amax()), float(norms.amax() + centre.norm())
-    ids = order[: -(-order.shape[0] // PREVIEW)].flatten()
-    return TailBounds(centre, b.logsumexp(0), ids, step, table, magnitude)
+    table[-1] = torch.inf  # of rows that are longer
+    return TailBounds(
+        centre,
+        float(b.logsumexp(0)),
+        order[: -(-order.shape[0] // PREVIEW)].flatten(),
+        step,
+        table,
+        table.amax(1),
+        float(b.where(b.isfinite(), 0).abs().amax()),
+        float(norms.amax() + centre.norm()),
+    )

@@ -20,7 +20,7 @@ from lm_softmax.kernels.dense import (
     workspace,
 )
 from lm_softmax.kernels.dense_search import Normaliser, dense_logits, dense_topk
-from lm_softmax.kernels.ranking import BLOCK, merge_topk, wide_topk
+from lm_softmax.kernels.ranking import BLOCK, by_value_and_id, merge_topk, wide_topk
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
 
 OPEN_BYTES = 2**24  # of logits of a cluster that are held at once, of one row at least
@@ -109,7 +109,7 @@ def _topk(
                     merged = merge_topk(values[place], ids[place], best, words + start, k)
                     values[place], ids[place] = merged
         start += tail.weight.shape[0]
-    return ClusterTopK(values, ids, opened)
+    return ClusterTopK(*by_value_and_id(values, ids), opened)
 
 
 def _choose(rows: _Rows, tail: Tail, softcap: float | None) -> _Rows:
@@ -150,9 +150,7 @@ def _not_excluded(rows: _Rows, tail: Tail, bounds: TailBounds) -> _Rows:
     return rows.where(kept)
 
 
-def _open(
-    rows: _Rows, tail: Tail, k: int, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _open(rows: _Rows, tail: Tail, k: int, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and places of the best words of a cluster, of rows that they matter to.
 
     First come the places of these rows.

@@ -170,7 +170,7 @@ def logit_chunks(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Itera
     if table_is_cheaper(inputs.shape[0], code, dtype):
         table = product_table(inputs, code, dtype)
         for part in chunks:
-            yield F.embedding_bag(code.places(part), table, mode="sum").t()
+            yield F.embedding_bag(code.places(part), table, mode="sum").t().contiguous()
         return
     rounded, shape = inputs.to(dtype), (inputs.shape[0], chunks[0].stop)
     out = workspace("logits", shape, inputs, total_dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lm_softmax.kernels.dense import Matrix, accumulation_dtype, chunk_logits, workspace
-from lm_softmax.kernels.ranking import BLOCK, block_maxima, merge_topk, wide_topk
+from lm_softmax.kernels.ranking import BLOCK, block_maxima, by_value_and_id, merge_topk, wide_topk
 
 SEARCH_BYTES = 2**22  # of logits that are looked through at once: they stay in the cache
 SEARCH_ROWS = 256  # of hidden vectors at most that share a chunk of words
@@ -23,16 +23,14 @@ class Normaliser(NamedTuple):
         """Log-probabilities of logits `(N, words)`."""
         return (logits - self.top.unsqueeze(1)) - self.log_sum.unsqueeze(1)
 
-    def __add__(self, other: tuple[object, ...]) -> "Normaliser":  # type: ignore[override]
+    def __add__(self, other: tuple[object, ...]) -> "Normaliser":
         """Of the words of both."""
         assert isinstance(other, Normaliser)
         top = torch.maximum(self.top, other.top)
         shift = top.where(top != -torch.inf, 0)
         return Normaliser(
             top,
-            torch.logaddexp(
-                self.log_sum + (self.top - shift), other.log_sum + (other.top - shift)
-            ),
+            torch.logaddexp(self.log_sum + (self.top - shift), other.log_sum + (other.top - shift)),
         )
 
 
@@ -45,7 +43,7 @@ class Best(NamedTuple):
 
     def top(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities and ids."""
-        return self.lse.subtracted_from(self.logits), self.ids
+        return by_value_and_id(self.lse.subtracted_from(self.logits), self.ids)
 
 
 def dense_topk(
@@ -98,7 +96,7 @@ def best_of_chunks(chunks: Iterable[Tensor], rows: Tensor, k: int) -> Best:
         if values.shape[1] < k:
             more, places = wide_topk(logits, size, maxima)
             top = more[:, 0]
-            values, ids = merge_topk(values, ids, more, places + start, k) if start else (more, places)
+            values, ids = merge_topk(values, ids, more, places + start, k)
         else:
             assert maxima is not None
             top = maxima.amax(1)

@@ -25,16 +25,14 @@ def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if tied.any():  # of the words equal to the k-th best the lowest ids belong in
         order = values[tied].sort(stable=True, dim=-1, descending=True)
         best[tied], indices[tied] = order.values[:, :k], order.indices[:, :k]
-    indices, order_by_id = indices.sort(-1)
-    best, order_by_value = best.gather(-1, order_by_id).sort(stable=True, dim=-1, descending=True)
-    return best, indices.gather(-1, order_by_value)
+    return by_value_and_id(best, indices)
 
 
 def block_maxima(values: Tensor) -> Tensor:
     """Largest value of each `BLOCK` columns of `(N, V)`, the last ones being fewer."""
     num_columns = values.shape[1]
     whole = num_columns - num_columns % BLOCK
-    maxima = values[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    maxima = values[:, :whole].reshape(len(values), whole // BLOCK, BLOCK).amax(2)
     if whole == num_columns:
         return maxima
     return torch.cat([maxima, values[:, whole:].amax(1, keepdim=True)], 1)
@@ -56,6 +54,15 @@ def wide_topk(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Ten
     found = values.gather(1, columns.masked_fill(beyond, 0)).masked_fill_(beyond, -torch.inf)
     best, places = stable_topk(found, k)
     return best, columns.gather(1, places)
+
+
+def by_value_and_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`(N, k)` in order: logits that differ may round to log-probabilities that do not."""
+    if values.shape[1] == 1:
+        return values, ids
+    ids, by_id = ids.sort(1)
+    values, by_value = values.gather(1, by_id).sort(stable=True, dim=1, descending=True)
+    return values, ids.gather(1, by_value)
 
 
 def merge_topk(

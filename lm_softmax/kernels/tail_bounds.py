@@ -5,8 +5,8 @@ The logit of word w is `b_w + w.z`. With `q = softmax(b)` and the mean row `c = 
     logsumexp(b + W z) >= logsumexp(b) + c.z                    (Jensen's inequality)
     b_w + w.z <= b_w + c.z + |w - c| |z|                        (Cauchy and Schwarz's)
 
-so `log p(w) <= b_w + |w - c| |z| - logsumexp(b)`, in which `c.z` is gone. Words are put in the order
-in which this bound falls at a typical `|z|`. A row looks at the first words of that order, as many
+so `log p(w) <= b_w + |w - c| |z| - logsumexp(b)`, in which `c.z` is gone. Words are put in order
+of that bound at a typical `|z|`, falling. A row looks at the first words of that order, as many
 as the bound is too high for, and opens the cluster only if one of them is good enough.
 """
 
@@ -112,7 +112,7 @@ def tail_bounds(weight: Tensor, bias: Tensor | None, rows: Tensor) -> TailBounds
         return None
     if found.bounds is None:
         with torch.inference_mode(False):  # else they could be used inside of that mode only
-            typical = float(rows.norm(dim=1, dtype=torch.float32).nanmean())
+            typical = float(rows.to(accumulation_dtype(rows.dtype)).norm(dim=1).nanmean())
             made = _derive(weight.detach(), None if bias is None else bias.detach(), typical)
         _entries[weight] = found = found._replace(bounds=made)
     return found.bounds

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_softmax.heads import tree as trees
-from lm_softmax.heads.base import Search, TopK, is_size
+from lm_softmax.heads.base import Search, TopK
 from lm_softmax.heads.clustered import dense_log_probs, tied_weight
 from lm_softmax.heads.cutoffs import resolve_cutoffs, zipf_counts
 from lm_softmax.heads.exact import ExactHead

@@ -14,10 +14,12 @@ from torch.testing import assert_close
 from lm_softmax.heads import (
     AdaptiveSoftmax,
     FullSoftmax,
+    HierarchicalSoftmax,
     MixtureOfSoftmaxes,
     ProductQuantizedSoftmax,
 )
 from lm_softmax.kernels import (
+    class_search,
     cluster_search,
     dense_search,
     mixture_search,
@@ -233,6 +235,13 @@ def changes():
             parameter.grad = torch.ones_like(parameter).bernoulli_() - 0.5
         optimizer.step()
 
+    def fused_of_one_word(head):
+        weight = head.tail_weights[2]
+        optimizer = torch.optim.AdamW([weight], lr=20.0, fused=True, weight_decay=0)
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[1234] = -1
+        optimizer.step()
+
     def in_place(head):
         with torch.no_grad():
             head.tail_weights[2].mul_(5)
@@ -334,6 +343,52 @@ class TestBoundsAreNeverStale:
         for scale in (0.0, 0.0, 1.0, 1e4):
             log_probs = head.log_prob(hidden * scale).topk(10).values
             assert_close(head.topk(hidden * scale, 10).log_probs, log_probs)
+
+
+class TestTrees:
+    @pytest.mark.parametrize("tree", ["classes", "huffman"])
+    def test_open_little(self, tree, monkeypatch):
+        head = HierarchicalSoftmax(16, 4000, counts_of(4000), tree=tree)
+        with torch.no_grad():
+            for matrix in (head.weight, head.class_weight):
+                if matrix is not None:
+                    matrix.normal_().mul_(2)
+        hidden = torch.randn(3, 4, 16)
+        expected = head.log_prob(hidden).sort(stable=True, descending=True)
+        monkeypatch.setattr(HierarchicalSoftmax, "log_prob", None)  # calling it would fail
+        monkeypatch.setattr(class_search, "MOST", 2)
+        for k in (1, 5):
+            top, opened = head.search(hidden, k)
+            assert_close(top.log_probs, expected.values[..., :k])
+            assert top.indices.equal(expected.indices[..., :k])
+            assert opened.shape == (3, 4)
+            assert (opened >= 1).all()
+            assert (opened < (len(head.cutoffs) + 1 if tree == "classes" else 400)).all()
+
+    def test_classes_of_flat_rows_are_ranked_as_a_whole(self):
+        head = HierarchicalSoftmax(16, 4000, counts_of(4000), tree="classes")
+        with torch.no_grad():
+            head.weight.normal_()
+            head.class_weight.normal_().mul_(4)
+            head.bias.zero_()
+            head.class_bias.zero_()
+        hidden = torch.randn(6, 16)
+        hidden[2] = 0
+        check(head, hidden, 30)
+        opened = head.search(hidden, 30).opened
+        assert opened[2] == len(head.cutoffs) + 1
+        assert opened.min() < 10
+
+    def test_classes_in_any_order_keep_ties_by_id(self):
+        head = HierarchicalSoftmax(2, 64, tree="classes", cutoffs=[4, 8, 16, 32])
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.zero_()
+            head.class_bias.copy_(torch.tensor([4.0, 4.0, 8.0, 16.0, 32.0]).log())  # all alike
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(class_search, "MOST", 1)
+            found = head.topk(torch.randn(2, 2), 6)
+        assert found.indices.tolist() == [list(range(6))] * 2
 
 
 class TestMixture:

@@ -16,6 +16,7 @@ PUBLIC = {
         "OutputHead",
         "ProductQuantizedSoftmax",
         "SampledSoftmax",
+        "Search",
         "TopK",
     ],
     "lm_softmax.kernels": [

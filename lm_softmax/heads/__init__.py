@@ -1,7 +1,7 @@
 """Output heads: `p(target | hidden)` over 10,000 to several million words, behind one contract."""
 
 from lm_softmax.heads.adaptive import AdaptiveSoftmax
-from lm_softmax.heads.base import OutputHead, TopK
+from lm_softmax.heads.base import OutputHead, Search, TopK
 from lm_softmax.heads.full import FullSoftmax
 from lm_softmax.heads.hierarchical import HierarchicalSoftmax
 from lm_softmax.heads.low_rank import LowRankSoftmax
@@ -20,5 +20,6 @@ __all__ = [
     "OutputHead",
     "ProductQuantizedSoftmax",
     "SampledSoftmax",
+    "Search",
     "TopK",
 ]

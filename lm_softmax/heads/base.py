@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_softmax.kernels import Draws, accumulation_dtype, draw_from_table
+from lm_softmax.kernels.ranking import stable_topk
 
 Reduction = Literal["mean", "sum", "none"]
 ROW_CHUNK_BYTES = 2**26  # of log-probabilities that topk and sample hold at once
@@ -20,6 +21,13 @@ class TopK(NamedTuple):
 
     log_probs: Float[Tensor, "*batch k"]
     indices: Int[Tensor, "*batch k"]
+
+
+class Search(NamedTuple):
+    """What `topk` found, and how much of the head it opened for it."""
+
+    top: TopK
+    opened: Tensor  # what this counts, the `search` of a head tells
 
 
 class OutputHead(nn.Module, ABC):
@@ -124,13 +132,12 @@ class OutputHead(nn.Module, ABC):
         """The `k` most probable words of each position, exact.
 
         Equals a stable descending sort of `log_prob(hidden)` cut after `k`; equal log-probabilities
-        are ordered by lower id.
+        are ordered by lower id. Where `hidden` is nan the log-probabilities are.
 
         Raises:
             ValueError: If `k` is not in `[1, vocab_size]`.
         """
-        if not (is_size(k) and k <= self.vocab_size):
-            raise ValueError(f"k must be in [1, vocab_size={self.vocab_size}], got {k}")
+        self._check_k(k)
         rows = self._flatten(hidden)
         found = [_stable_topk(self.log_prob(part), k) for part in self._row_chunks(rows)]
         shape = (*hidden.shape[:-1], k)
@@ -265,6 +272,10 @@ class OutputHead(nn.Module, ABC):
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
 
+    def _check_k(self, k: int) -> None:
+        if not (is_size(k) and k <= self.vocab_size):
+            raise ValueError(f"k must be in [1, vocab_size={self.vocab_size}], got {k}")
+
     def _check_sampling(
         self, num_samples: int, temperature: float, top_k: int | None, top_p: float | None
     ) -> None:
@@ -314,14 +325,4 @@ def _check_counts(counts: Tensor, vocab_size: int) -> None:
 
 def _stable_topk(log_probs: Tensor, k: int) -> TopK:
     """Top k of `(N, V)`, equal values by lower id, which `torch.topk` leaves open."""
-    values, indices = log_probs.topk(k, -1)
-    worst = values[:, -1:]
-    tied = (log_probs >= worst).sum(-1) > k
-    if tied.any():  # of the words equal to the k-th best the lowest ids belong in
-        order = log_probs[tied].sort(stable=True, dim=-1, descending=True)
-        values[tied], indices[tied] = order.values[:, :k], order.indices[:, :k]
-    indices, order_by_id = indices.sort(-1)
-    values, order_by_value = values.gather(-1, order_by_id).sort(
-        stable=True, dim=-1, descending=True
-    )
-    return TopK(values, indices.gather(-1, order_by_value))
+    return TopK(*stable_topk(log_probs, k))

@@ -4,8 +4,10 @@ from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from lm_softmax.heads.base import Search, TopK
 from lm_softmax.heads.exact import ExactHead
 from lm_softmax.kernels import (
     Clusters,
@@ -18,6 +20,8 @@ from lm_softmax.kernels import (
     draw_from_clusters,
     product_dtype,
 )
+from lm_softmax.kernels.cluster_search import cluster_topk
+from lm_softmax.kernels.ranking import LARGEST_K
 
 
 class ClusteredHead(ExactHead):
@@ -47,6 +51,37 @@ class ClusteredHead(ExactHead):
             return super()._draw(rows, draws)
         softcap = self.objective.softcap
         return draw_from_clusters(self._inputs(rows), self.clusters(), softcap, draws)
+
+    @torch.no_grad()
+    def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
+        """See `OutputHead.topk`; words are ranked cluster by cluster, never all at once."""
+        return self.search(hidden, k).top
+
+    @torch.no_grad()
+    def search(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> Search:
+        """`topk(hidden, k)`, and which of the K tail clusters each position opened for it.
+
+        A cluster is opened, which is to compute its normaliser, only where it may hold one of the
+        `k` best words: its log-probability bounds that of its words. Of a large one, bounds by the
+        norm of words leave few words to look at before; those are kept with the weights they were
+        derived from, from the second call with the same weights on (`kernels.tail_bounds`). nan in
+        the weights of a cluster is not seen where it is not opened.
+
+        Returns:
+            `opened` is `(*batch, K)`, bool.
+
+        Raises:
+            ValueError: If `k` is not in `[1, vocab_size]`.
+        """
+        self._check_k(k)
+        clusters, batch = self.clusters(), hidden.shape[:-1]
+        if k > min(LARGEST_K, len(clusters.weight)):
+            every = torch.ones(*batch, len(clusters.tails), dtype=torch.bool, device=hidden.device)
+            return Search(super().topk(hidden, k), every)
+        rows = self._inputs(self._flatten(hidden))
+        values, indices, opened = cluster_topk(rows, clusters, k, self.objective.softcap)
+        top = TopK(values.view(*batch, k), indices.view(*batch, k))
+        return Search(top, opened.view(*batch, len(clusters.tails)))
 
 
 def tied_weight(embedding: nn.Module, shape: tuple[int, int], name: str, axes: str) -> nn.Parameter:

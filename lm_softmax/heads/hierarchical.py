@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_softmax.heads import tree as trees
-from lm_softmax.heads.base import TopK, is_size
-from lm_softmax.heads.clustered import tied_weight
+from lm_softmax.heads.base import Search, TopK
+from lm_softmax.heads.clustered import dense_log_probs, tied_weight
 from lm_softmax.heads.cutoffs import resolve_cutoffs, zipf_counts
 from lm_softmax.heads.exact import ExactHead
 from lm_softmax.heads.word_classes import WordClasses, initial_biases, resolve_classes
@@ -24,9 +24,12 @@ from lm_softmax.kernels import (
     cluster_loss,
     cluster_nll,
     draw_from_clusters,
+    product_dtype,
 )
+from lm_softmax.kernels.class_search import Classes, class_topk
 from lm_softmax.kernels.path_operations import path_nll
 from lm_softmax.kernels.paths import Tree
+from lm_softmax.kernels.ranking import LARGEST_K
 from lm_softmax.kernels.tree_draws import TreeNodes, draw_from_tree
 from lm_softmax.kernels.tree_search import tree_topk
 
@@ -208,24 +211,51 @@ class HierarchicalSoftmax(ExactHead):
             found = torch.cat(words).index_select(0, self.order) if words else above
             return found.t().contiguous()
 
-    @torch.no_grad()
     def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
-        """See `OutputHead.topk`; a binary tree is searched by branch and bound.
+        """See `OutputHead.topk`; the tree is searched, most probable branches first."""
+        return self.search(hidden, k).top
 
-        The log-probability of a node bounds those of all words below it. Rows whose search would
-        open a large part of the tree, or meets nan, are ranked as a whole; nan in the row of a node
-        that no search opens is not seen.
+    @torch.no_grad()
+    def search(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> Search:
+        """`topk(hidden, k)`, and how many classes or inner nodes each position opened for it.
+
+        The log-probability of a class or of a node bounds those of all words below it: binary trees
+        are searched by branch and bound. Rows whose search would open a large part of the tree, or
+        meets nan, are ranked as a whole; nan in a row of the weights that no search opens is not
+        seen.
+
+        Returns:
+            `opened` is `(*batch,)`, int64; all of them where a row is ranked as a whole.
+
+        Raises:
+            ValueError: If `k` is not in `[1, vocab_size]`.
         """
-        if self.has_classes or not (is_size(k) and k <= self.vocab_size):
-            return super().topk(hidden, k)
+        self._check_k(k)
         rows = self._flatten(hidden)
-        parts = self._row_chunks(rows)
-        found = [tree_topk(part, self.weight, self.bias, self.tree, k)[:3] for part in parts]
-        values, indices, failed = map(torch.cat, zip(*found, strict=True))
+        found = [self._searched(part, k) for part in self._row_chunks(rows)]
+        values, indices, failed, opened = map(torch.cat, zip(*found, strict=True))
         if failed.any():
             values[failed], indices[failed] = super().topk(rows[failed], k)
+            opened[failed] = len(self.cutoffs) + 1 if self.has_classes else self.vocab_size - 1
         shape = (*hidden.shape[:-1], k)
-        return TopK(values.view(shape), indices.view(shape))
+        top = TopK(values.view(shape), indices.view(shape))
+        return Search(top, opened.view(shape[:-1]))
+
+    def _searched(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values, ids, which rows failed, and how much was opened."""
+        if not self.has_classes:
+            return tree_topk(rows, self.weight, self.bias, self.tree, k)
+        words = self._classes()
+        dtype = product_dtype(rows, self.weight)
+        if k > LARGEST_K or dtype not in (torch.float32, torch.float64):
+            values = rows.new_zeros(len(rows), k, dtype=accumulation_dtype(dtype))
+            ids = torch.zeros(len(rows), k, dtype=torch.int64, device=rows.device)
+            return values, ids, torch.ones_like(ids[:, 0], dtype=torch.bool), ids[:, 0]
+        masses = dense_log_probs(rows, words.class_weight, words.class_bias, None)
+        ends = self.class_starts.new_tensor([self.vocab_size])
+        classes = Classes(self.weight, self.bias, torch.cat([self.class_starts, ends]))
+        with autocast_off(rows):
+            return class_topk(rows, classes, masses, k)
 
     def _draw(self, rows: Tensor, draws: Draws) -> Tensor:
         """Classes in two stages; down a binary tree where that passes few of its nodes.

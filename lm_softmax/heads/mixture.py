@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_softmax.heads.base import is_size
+from lm_softmax.heads.base import TopK, is_size
 from lm_softmax.heads.clustered import (
     dense_log_probs,
     log_frequencies,
@@ -24,6 +25,8 @@ from lm_softmax.kernels import (
     mixture_nll,
     product_dtype,
 )
+from lm_softmax.kernels.mixture_search import mixture_topk
+from lm_softmax.kernels.ranking import LARGEST_K
 
 
 class MixtureOfSoftmaxes(ExactHead):
@@ -133,6 +136,24 @@ class MixtureOfSoftmaxes(ExactHead):
         if draws.top_p is not None or draws.temperature != 1:  # a power of a sum
             return super()._draw(rows, draws)
         return draw_from_mixture(*self._experts(rows), self.objective.softcap, draws)
+
+    @torch.no_grad()
+    def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
+        """See `OutputHead.topk`; only words that bounds by the experts leave are mixed.
+
+        Rows that this leaves too many words, or that meet nan, are ranked as a whole.
+        """
+        self._check_k(k)
+        rows = self._flatten(hidden)
+        if k > LARGEST_K:
+            return super().topk(hidden, k)
+        inputs, mixture = self._experts(rows)
+        inputs = inputs.to(product_dtype(inputs, self.weight))
+        values, indices, failed = mixture_topk(inputs, mixture, k, self.objective.softcap)
+        if failed.any():
+            values[failed], indices[failed] = super().topk(rows[failed], k)
+        shape = (*hidden.shape[:-1], k)
+        return TopK(values.view(shape), indices.view(shape))
 
     def tie_weight(self, embedding: nn.Module) -> None:
         """Share the output rows with an embedding that is `expert_size` wide.

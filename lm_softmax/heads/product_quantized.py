@@ -1,12 +1,13 @@
 """The full softmax with output rows made of shared centroids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_softmax.heads.base import is_size
+from lm_softmax.heads.base import TopK, is_size
 from lm_softmax.heads.clustered import ClusteredHead, log_frequencies, project
 from lm_softmax.heads.exact import ExactHead
 from lm_softmax.heads.quantize import check_kmeans, kmeans, output_rows, truncated_svd
@@ -27,6 +28,9 @@ from lm_softmax.kernels import (
     streamed_loss,
     streamed_nll,
 )
+from lm_softmax.kernels.codes import TABLE_TOKENS, logit_chunks
+from lm_softmax.kernels.dense_search import Best, best_of_chunks
+from lm_softmax.kernels.ranking import LARGEST_K
 from lm_softmax.kernels.workspace import reads_are_cheap
 
 
@@ -183,6 +187,33 @@ class ProductQuantizedSoftmax(ExactHead):
         if draws.top_p is not None:
             return super()._draw(rows, draws)
         return draw_from_logits(self._inputs(rows), self.vocab_size, self._logits, draws)
+
+    @torch.no_grad()
+    def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
+        """See `OutputHead.topk`; words are ranked chunk by chunk, never all at once.
+
+        The normaliser takes the logits of all words, so no bound by codebooks would spare any.
+        """
+        self._check_k(k)
+        if k > LARGEST_K:
+            return super().topk(hidden, k)
+        inputs = self._inputs(self._flatten(hidden))
+        dtype = product_dtype(inputs, self.output.centroids)
+        with autocast_off(inputs):
+            parts = torch.split(inputs, TABLE_TOKENS)
+            found = [best_of_chunks(self._logit_chunks(part, dtype), part, k) for part in parts]
+        values, indices = map(torch.cat, zip(*map(Best.top, found), strict=True))
+        shape = (*hidden.shape[:-1], k)
+        return TopK(values.view(shape), indices.view(shape))
+
+    def _logit_chunks(self, inputs: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        code, softcap = self.output.code, self.objective.softcap
+        for part, logits in zip(code.chunks(), logit_chunks(inputs, code, dtype), strict=True):
+            if self.bias is not None:
+                logits.add_(self.bias[part])
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            yield logits
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:

@@ -130,18 +130,25 @@ def table_is_cheaper(num_tokens: int, code: ProductCode, dtype: torch.dtype) -> 
 
 def table_logits(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Tensor:
     """Sums of the products of each part of `inputs` with the centroids of its codebook."""
-    num_codebooks, size, part_width = code.centroids.shape
     total_dtype = accumulation_dtype(dtype)
-    centroids = code.centroids.to(dtype).to(total_dtype)
     out = torch.empty(inputs.shape[0], code.num_rows, dtype=total_dtype, device=inputs.device)
     for start in range(0, inputs.shape[0], TABLE_TOKENS):
         tokens = slice(start, start + TABLE_TOKENS)
-        parts = inputs[tokens].to(dtype).to(total_dtype).view(-1, num_codebooks, part_width)
-        table = torch.bmm(centroids, parts.permute(1, 2, 0)).view(num_codebooks * size, -1)
+        table = product_table(inputs[tokens], code, dtype)
         for part in code.chunks():
             sums = F.embedding_bag(code.places(part), table, mode="sum")
             out[tokens, part] = sums.t()
     return out
+
+
+def product_table(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Tensor:
+    """Product of each centroid with its part of each row of `inputs`, `(M * K, N)`."""
+    num_codebooks, size, part_width = code.centroids.shape
+    total_dtype = accumulation_dtype(dtype)
+    centroids = code.centroids.to(dtype).to(total_dtype)
+    parts = inputs.to(dtype).to(total_dtype).view(-1, num_codebooks, part_width)
+    table = torch.bmm(centroids, parts.permute(1, 2, 0))
+    return table.view(num_codebooks * size, inputs.shape[0])
 
 
 def rebuilt_logits(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Tensor:
@@ -153,6 +160,24 @@ def rebuilt_logits(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Ten
     for part, rows in zip(chunks.slices, chunks, strict=True):
         out[:, part] = F.linear(rounded, rows)
     return out
+
+
+def logit_chunks(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`code_logits` of `code.chunks()`, one after the other, not for autograd.
+
+    A chunk is valid until the next one is asked for.
+    """
+    total_dtype, chunks = accumulation_dtype(dtype), code.chunks()
+    if table_is_cheaper(inputs.shape[0], code, dtype):
+        table = product_table(inputs, code, dtype)
+        for part in chunks:
+            yield F.embedding_bag(code.places(part), table, mode="sum").t().contiguous()
+        return
+    rounded, shape = inputs.to(dtype), (inputs.shape[0], chunks[0].stop)
+    out = workspace("logits", shape, inputs, total_dtype)
+    for part, rows in zip(chunks, RowChunks(code, dtype), strict=True):
+        columns = out[:, : part.stop - part.start]
+        yield columns.copy_(F.linear(rounded, rows))
 
 
 def differentiable_logits(

@@ -73,15 +73,33 @@ def tree_topk(
     row, word, value = _reaching(opener, _beam(opener, k))
     failed |= row.bincount(minlength=num) < k
     kept = ~failed[row]
-    row, word, value = row[kept], word[kept], value[kept]
+    best = best_of_rows(row[kept], word[kept], value[kept], num, k, ~failed)
+    values[~failed], indices[~failed] = best
+    return values, indices, failed, opened
+
+
+def best_of_rows(
+    row: Tensor, word: Tensor, value: Tensor, num_rows: int, k: int, which: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `k` best of a flat list of values for each row, equal ones by lower id: `(N, k)` each.
+
+    Args:
+        row: `(M,)`, of each value.
+        word: `(M,)`, its id.
+        value: `(M,)`.
+        num_rows: Number of rows.
+        k: Number of words.
+        which: `(num_rows,)`, rows that are wanted, of at least `k` values each; None is all.
+    """
     order = word.argsort()
     order = order[value[order].argsort(descending=True, stable=True)]
     order = order[row[order].argsort(stable=True)]
-    count = row.bincount(minlength=num)
-    first = (count.cumsum(0) - count)[~failed]
-    best = order[first.unsqueeze(1) + torch.arange(k, device=rows.device)]
-    values[~failed], indices[~failed] = value[best], word[best]
-    return values, indices, failed, opened
+    count = row.bincount(minlength=num_rows)
+    first = count.cumsum(0) - count
+    if which is not None:
+        first = first[which]
+    best = order[first.unsqueeze(1) + torch.arange(k, device=row.device)]
+    return value[best], word[best]
 
 
 def _beam(opener: _Opener, k: int) -> Tensor:

@@ -129,7 +129,7 @@ class WithoutWords(OutputHead):
         words = self.words.to(hidden.device)
         shape = (*hidden.shape[:-1], len(words))
         every = hidden.unsqueeze(-2).expand(*shape, self.hidden_size)
-        excluded = self.head.log_prob(every, words.expand(shape)).logsumexp(-1)
+        excluded = self.head.log_prob(every, words.expand(shape).contiguous()).logsumexp(-1)
         cancels = ~(excluded <= MOST)  # nan too
         rest = torch.log1p(-excluded.masked_fill(cancels, MOST).exp())
         if not cancels.any():

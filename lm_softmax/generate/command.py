@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,10 +49,13 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write("\ninterrupted\n")
         return 130
     except BrokenPipeError:  # whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 128 + SIGPIPE
     except OSError as error:
-        parser.error(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        if error.filename is None:
+            _drop_output()
+        name = "standard output" if error.filename is None else error.filename
+        parser.error(f"{error.strerror or error}: {name}")
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     except RuntimeError as error:
@@ -64,15 +67,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     device = _device(options.device)
-    source = options.score or options.prompt_file
-    lines = _read_lines(source) if source else iter(())
-    prompts = [*(options.prompt or []), *(lines if options.prompt_file else ())]
-    if not prompts and options.prompt_file:
-        raise ValueError(f"{options.prompt_file} holds no prompt")
+    prompts = list(options.prompt or [])
+    if options.prompt_file is not None:
+        prompts += _read_lines(options.prompt_file)
+        if not prompts:
+            raise ValueError(f"{options.prompt_file} holds no prompt")
     model = _load(options.checkpoint).to(device)
     begin = time.perf_counter()
-    if options.score:
-        report = write_scores(model, lines, source, per_token=options.per_token)
+    if options.score is not None:
+        lines = _read_lines(options.score)
+        report = write_scores(model, lines, options.score, per_token=options.per_token)
     else:
         report = _write_texts(model, prompts, options)
     sys.stderr.write(f"{report(time.perf_counter() - begin)}\n")
@@ -144,6 +148,12 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def _drop_output() -> None:
+    """Lets go of what standard output did not take, lest Python tries again at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _read_lines(source: str) -> Iterator[str]:
     """Lines of a file, or of standard input for `-`, without their ends."""
     stdin = source == "-"
@@ -169,8 +179,10 @@ def _check_mode(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Names the option, and what it belongs to.
     """
-    mode = "--score" if options.score else "sampling" if options.beams is None else "--beams"
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    mode = "sampling" if options.beams is None else "--beams"
+    mode = mode if options.score is None else "--score"
+    values = vars(options).items()
+    given = {name for name, value in values if value is not None and value is not False}  # 0 is
     for name in sorted(given - MODES[mode]):
         homes = [other for other in MODES if name in MODES[other]]
         raise ValueError(

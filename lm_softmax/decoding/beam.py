@@ -139,10 +139,10 @@ class _Beams:
     ) -> Int[Tensor, "batch*beam"]:
         """Takes the best words of each open hypothesis; returns the rows that went on."""
         batch, k = len(self.finished), indices.shape[1]
-        totals = (self.sums.view(-1, 1) + log_probs.to(self.sums.dtype)).view(batch, -1)
+        totals = (self.sums.view(-1, 1) + log_probs.to(self.sums.dtype)).reshape(batch, -1)
         if totals.isnan().any():
             raise ValueError("the model gives some hypothesis no probability, but nan")
-        words = indices.view(batch, -1)
+        words = indices.reshape(batch, -1)
         totals, order = totals.sort(dim=-1, descending=True, stable=True)
         words = words.gather(1, order)
         parents = order // k + self.num_beams * torch.arange(batch, device=order.device)[:, None]

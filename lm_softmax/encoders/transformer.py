@@ -159,7 +159,8 @@ def _continue_layer(
     attention, num_new = layer.self_attn, hidden.shape[1]
     inputs = layer.norm1(hidden) if layer.norm_first else hidden
     projected = F.linear(inputs, attention.in_proj_weight, attention.in_proj_bias)
-    query, key, value = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    shape = (*hidden.shape[:2], 3, attention.num_heads, -1)
+    query, key, value = projected.view(shape).permute(2, 0, 3, 1, 4)
     if past is not None:
         key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
     num_past = key.shape[2] - num_new

@@ -23,8 +23,10 @@ from tiny import LOGITS_ALONE, NO_TAILS
 
 from lm_softmax import cli
 from lm_softmax.cli.run_folder import FOLDER_OF_RUN, RunFolder
+from lm_softmax.decoding import generate
 from lm_softmax.heads import FullSoftmax
 from lm_softmax.heads.cost_model import COST_MODELS
+from lm_softmax.module import LanguageModel
 
 EPOCHS = "--trainer.max_epochs={}"
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
@@ -197,8 +199,8 @@ def test_a_checkpoint_alone_is_evaluated_on_the_split_alone(trained, tmp_path, m
     said = done("test", "--ckpt_path", "b.ckpt", "--data.path=test")
     nll = float(re.search(r"test/nll\W+([\d.]+)", said.out)[1])
 
-    said = done("predict", "--ckpt_path", "b.ckpt", "--data.path=test")
-    assert "log-probabilities of each token: predictions.jsonl" in said.out
+    said = done("predict", "--ckpt_path", "b.ckpt", "--data.path=test", "--num_tokens=3")
+    assert "of each token and a continuation of each row: predictions.jsonl" in said.out
     lines = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
     text = [word for line in lines for word in line["tokens"]]
     assert sorted(text) == sorted(
@@ -206,6 +208,13 @@ def test_a_checkpoint_alone_is_evaluated_on_the_split_alone(trained, tmp_path, m
     )
     log_probs = [value for line in lines for value in line["log_probs"]]
     assert -sum(log_probs) / len(log_probs) == pytest.approx(nll, rel=1e-4)
+    model = LanguageModel.load_from_checkpoint("b.ckpt")
+    ids = {word: number for number, word in enumerate(model.vocab.tokens)}
+    assert {len(line["tokens"]) for line in lines} == {8, 4}  # rows of the end are shorter
+    for line in lines:
+        prompt = torch.tensor([[ids[word] for word in line["tokens"]]])
+        tokens = generate(model.encoder, model.head, prompt, 3, temperature=0)[0, -3:]
+        assert line["continuation"] == [model.vocab.tokens[number] for number in tokens]
     message = error_of("predict", "--ckpt_path", "b.ckpt", "--data.path=test")
     assert message.startswith("predictions.jsonl exists: remove it")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -219,8 +228,10 @@ def test_evaluation_keeps_a_folder_if_asked(trained):
     assert len(list(run.glob("events*"))) == 1
     done("validate", "--ckpt_path", run / "checkpoints/best.ckpt", "--run", "evaluated")
     assert rows(Path("evaluated"))[0]["val/ppl"]
-    done("predict", "--ckpt_path", "best", "--run", run)
-    assert (run / "predictions.jsonl").is_file()
+    said = done("predict", "--ckpt_path", "best", "--run", run, "--num_tokens=0")
+    assert f"log-probabilities of each token: {run}/predictions.jsonl" in said.out
+    line = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
+    assert list(line) == ["batch", "row", "tokens", "log_probs"]
 
 
 def test_resumed_run_equals_an_uninterrupted_one(place):
@@ -310,9 +321,11 @@ def test_default_folder_is_named_after_config_and_head(place):
     assert str(run) in said.out
 
 
+TRAINED = "trained/checkpoints/last.ckpt"
 FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
 
 
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -360,6 +373,8 @@ FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
         ),
         ([*FIT, "--ckpt_path", "last"], "no checkpoint refused/checkpoints/last.ckpt"),
         (["fit", "-c", "tiny.yaml", "--ckpt_path", "last"], "needs the run's folder: add --run"),
+        (["predict", "--ckpt_path", TRAINED, "--num_tokens=-1"], "num_tokens: "),
+        (["fit", "--num_tokens=1"], "no option --num_tokens; nearest: "),
         (["validate", "--ckpt_path", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["validate", "--ckpt_path", "tiny.yaml"], "cannot read the checkpoint tiny.yaml: "),
         (["validate", "--ckpt_path", "other.pt"], "other.pt is not the checkpoint of a language m"),

@@ -41,12 +41,21 @@ PUBLIC = {
     ],
     "lm_softmax.encoders": [
         "AdaptiveEmbedding",
+        "Cache",
         "Encoder",
         "HuggingFaceEncoder",
         "LSTMEncoder",
         "State",
         "TransformerEncoder",
         "WordEmbedding",
+    ],
+    "lm_softmax.decoding": [
+        "Hypothesis",
+        "WithoutWords",
+        "beam_search",
+        "generate",
+        "score",
+        "stream",
     ],
     "lm_softmax.callbacks": [
         "MemoryMonitor",
@@ -57,9 +66,15 @@ PUBLIC = {
     ],
 }
 
+ALIASES = ("Cache", "State")
 names = pytest.mark.parametrize(
     ("module", "name"),
-    [(module, name) for module in PUBLIC for name in PUBLIC[module] if name != "State"],
+    [
+        (module, name)
+        for module in PUBLIC
+        for name in PUBLIC[module]
+        if name not in ("Cache", "State")
+    ],
 )
 
 

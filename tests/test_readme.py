@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lm_softmax.cli import main
+from lm_softmax.generate import main as generate
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -16,6 +17,14 @@ def blocks(language):
     for document in DOCUMENTS:
         for block in re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.M | re.S):
             yield pytest.param(block, id=f"{document.name}:{block.strip().splitlines()[0][:40]}")
+
+
+def module_commands(module):
+    """The options of each `python -m lm_softmax.MODULE ...` line."""
+    for parameter in blocks("bash"):
+        for line in parameter.values[0].replace("\\\n", " ").splitlines():
+            if found := re.match(rf"python -m lm_softmax\.{module} ([^#>]*)", line):
+                yield pytest.param(found[1], id=line.strip()[:80])
 
 
 def train_commands():
@@ -44,6 +53,17 @@ def test_train_commands_are_understood(arguments, monkeypatch, capsys):
         main([*words, "--print_config"])
     assert stopped.value.code in (0, None), capsys.readouterr().err
     assert "class_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", list(module_commands("generate")))
+def test_generate_commands_are_understood(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.txt", "sentences.txt"):
+        Path(name).write_text("a prompt\n")
+    with pytest.raises(SystemExit) as stopped:
+        generate(shlex.split(arguments))
+    assert stopped.value.code == 2  # tests/test_generate.py has checkpoints
+    assert capsys.readouterr().err == "error: no checkpoint best.ckpt\n"
 
 
 def test_the_two_commands_are_there():

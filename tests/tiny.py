@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lm_softmax.encoders import Encoder
 from lm_softmax.heads import AdaptiveSoftmax, OutputHead
 from lm_softmax.heads.cost_model import CostModel
 from lm_softmax.metrics import Perplexity
@@ -47,12 +48,11 @@ class TinyVocab:
         return "".join(self.letters[index] for index in ids)
 
 
-class TinyEncoder(nn.Module):
-    carries_state = False
-    max_positions = None
+class TinyEncoder(Encoder):
+    hidden_size = HIDDEN_SIZE
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(VOCAB_SIZE)
         self.embedding = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
 
     def forward(self, tokens: Tensor, state: object = None) -> tuple[Tensor, None]:

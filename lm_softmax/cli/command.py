@@ -11,15 +11,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import Tensor
 
 import lm_softmax.schedule  # noqa: F401  a class is known by its name once it is imported
 from lm_softmax.callbacks import RunSummary
-from lm_softmax.cli.checkpoint import Checkpoint
+from lm_softmax.cli.checkpoint import RunCheckpoint
 from lm_softmax.cli.messages import option_error
-from lm_softmax.cli.run_folder import PredictionWriter, RunFolder
+from lm_softmax.cli.predictions import NUM_TOKENS, PredictionWriter
+from lm_softmax.cli.run_folder import RunFolder
 from lm_softmax.data import TextDataModule
 from lm_softmax.module import LanguageModel
 from lm_softmax.vocab import Vocab
@@ -96,9 +98,9 @@ class TrainCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.given = Given.read(args)
         self.folder: RunFolder | None = None
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: RunCheckpoint | None = None
         if self.given.ckpt_path is not None:
-            self.checkpoint = Checkpoint(self.given.ckpt_path, self.given.run)
+            self.checkpoint = RunCheckpoint(self.given.ckpt_path, self.given.run)
         self.parsers: dict[str, LightningArgumentParser] = {}
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
@@ -119,13 +121,21 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--run`, the links from data to model, and the defaults."""
-        self.parsers[list(self.subcommands())[len(self.parsers)]] = parser
+        subcommand = list(self.subcommands())[len(self.parsers)]
+        self.parsers[subcommand] = parser
         parser.add_argument(
             "--run",
             type=str | None,
             default=None,
             help="Folder of the run; by default runs/<config>-<head>-<time>.",
         )
+        if subcommand == "predict":
+            parser.add_argument(
+                "--num_tokens",
+                type=NonNegativeInt,
+                default=NUM_TOKENS,
+                help="Tokens to continue each row by, greedily; 0 for no continuations.",
+            )
         parser.link_arguments("data.vocab", "model.vocab", apply_on="instantiate")
         parser.link_arguments("data.vocab", "model.counts", _counts, apply_on="instantiate")
         fits = self.given.subcommand == "fit"
@@ -237,13 +247,16 @@ class TrainCLI(LightningCLI):
         self._evaluate(self.trainer.test, **options)
 
     def predict(self, **options: Any) -> None:
-        """Writes the log-probability of each token into the run's folder."""
+        """Writes the log-probability of each token, and continuations, into the run's folder."""
         assert self.checkpoint is not None
         folder = self.folder.path if self.folder else self.checkpoint.folder
-        writer = PredictionWriter(folder / PREDICTIONS)
+        num_tokens = self.config_init["predict"].num_tokens
+        writer = PredictionWriter(folder / PREDICTIONS, num_tokens)
         self._callbacks.append(writer)
         self._evaluate(self.trainer.predict, **options | {"return_predictions": False})
-        sys.stdout.write(f"log-probabilities of each token: {writer.path}\n")
+        what = "log-probabilities of each token"
+        what += " and a continuation of each row" if num_tokens else ""
+        sys.stdout.write(f"{what}: {writer.path}\n")
 
     def _evaluate(self, run: Callable[..., Any], **options: Any) -> None:
         assert self.checkpoint is not None

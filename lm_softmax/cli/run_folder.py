@@ -1,7 +1,6 @@
 """The one folder of a run: its name, its loggers, and what is left of it when nothing was run."""
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -116,64 +114,3 @@ def _whole_rows(file: Path) -> list[dict[str, str]]:
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     table = csv.DictReader(line for line in lines if line.endswith("\n"))
     return [row for row in table if None not in row and (row["step"] or "").isdecimal()]
-
-
-class PredictionWriter(pl.Callback):
-    """Writes a line of JSON for each row of a batch: `{"batch", "row", "tokens", "log_probs"}`.
-
-    Ignored positions are left out. The file is there whole or not at all.
-
-    Args:
-        path: The file; with several processes each writes its own, `<name>-<rank>.jsonl`.
-
-    Raises:
-        ValueError: If the file exists.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.exists():
-            raise ValueError(f"{path} exists: remove it, or give another folder with --run")
-        self.path = path
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the file under another name."""
-        if trainer.world_size > 1:
-            self.path = self.path.with_stem(f"{self.path.stem}-{trainer.global_rank}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self.path.with_suffix(".partial")
-        self._file = self._partial.open("w", encoding="utf-8")
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Writes the rows of a batch."""
-        words = pl_module.vocab.tokens
-        for row, target in enumerate(batch.target):
-            kept = target != pl_module.head.ignore_index
-            if kept.any():
-                line = {
-                    "batch": batch_idx,
-                    "row": row,
-                    "tokens": [words[i] for i in target[kept].tolist()],
-                    "log_probs": [round(value, 6) for value in outputs[row][kept].tolist()],
-                }
-                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gives the file its name."""
-        self._file.close()
-        self._partial.replace(self.path)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Leaves nothing behind."""
-        if hasattr(self, "_file"):
-            self._file.close()
-            self._partial.unlink(missing_ok=True)

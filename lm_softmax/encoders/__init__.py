@@ -1,6 +1,6 @@
 """Encoders: token ids in, one hidden vector a position out."""
 
-from lm_softmax.encoders.base import Encoder, State
+from lm_softmax.encoders.base import Cache, Encoder, State
 from lm_softmax.encoders.embedding import AdaptiveEmbedding, WordEmbedding
 from lm_softmax.encoders.huggingface import HuggingFaceEncoder
 from lm_softmax.encoders.lstm import LSTMEncoder
@@ -8,6 +8,7 @@ from lm_softmax.encoders.transformer import TransformerEncoder
 
 __all__ = [
     "AdaptiveEmbedding",
+    "Cache",
     "Encoder",
     "HuggingFaceEncoder",
     "LSTMEncoder",

@@ -9,13 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 State: TypeAlias = "Tensor | tuple[State, ...] | None"
+Cache: TypeAlias = Any  # of one kind of encoder: only itself looks inside
 EmbeddingFactory: TypeAlias = Callable[[int, int, Tensor | None], nn.Module]
 
 
 class Encoder(nn.Module, ABC):
     """Turns `(batch, time)` token ids into hidden vectors; position t sees tokens 0 to t alone.
 
-    A subclass sets the attributes below and writes `forward`.
+    A subclass sets the attributes below and writes `forward`; and `_continue`, if decoding can
+    spare the tokens before.
 
     Attributes:
         vocab_size: Number of token ids.
@@ -23,6 +25,7 @@ class Encoder(nn.Module, ABC):
         embedding: The token embedding, which an output head may share its weights with.
         carries_state: Whether `forward` continues from a state. Where it does not, the state is
             always `None`.
+        state_batch_axis: Axis of the state's tensors that counts the rows of tokens.
         max_positions: Longest sequence in tokens, `None` for no limit.
 
     Args:
@@ -37,6 +40,7 @@ class Encoder(nn.Module, ABC):
     embedding: nn.Module
     hidden_size: int
     carries_state: bool = False
+    state_batch_axis: int = 0
     max_positions: int | None = None
 
     def __init__(self, vocab_size: int, counts: Tensor | None = None) -> None:
@@ -62,6 +66,66 @@ class Encoder(nn.Module, ABC):
                 Gradients flow into it; detach it to truncate them.
         """
 
+    def continue_from(
+        self, tokens: Int[Tensor, "batch time"], cache: Cache = None
+    ) -> tuple[Float[Tensor, "batch hidden"], Cache]:
+        """The hidden vector after the last token, and what the next call needs; for decoding.
+
+        Equals `forward(all_tokens[:, -max_positions:])[0][:, -1]` in evaluation mode, where
+        `all_tokens` are those of this call after those of all calls before. The cache is the state
+        of an encoder that carries one, whatever `max_positions`. For any other it holds the last
+        `max_positions` tokens, and what spares their computation while they are all tokens there
+        are: from then on every token has another position, and the window is computed again.
+
+        It has nothing to do with training, where a state goes from batch to batch only if
+        `carries_state`.
+
+        Args:
+            tokens: The tokens that come next, `(batch, time)`, at least one a row.
+            cache: What the call before returned, or what `select_rows` made of it; `None` at the
+                start. It is spent: no other call may have it.
+
+        Raises:
+            ValueError: If `tokens` is no integer tensor of that shape.
+        """
+        _check_tokens(tokens)
+        if self.carries_state:
+            hidden, state = self(tokens, cache)
+            return hidden[:, -1], state
+        before, memory = (None, None) if cache is None else cache
+        window = tokens if before is None else torch.cat([before, tokens], 1)
+        limit, num_new = self.max_positions, tokens.shape[1]
+        if limit is not None and window.shape[1] > limit:
+            window, memory, num_new = window[:, -limit:], None, limit
+        hidden, memory = self._continue(window, num_new, memory)
+        return hidden, (window, memory)
+
+    def _continue(
+        self, window: Int[Tensor, "batch time"], num_new: int, memory: Any
+    ) -> tuple[Float[Tensor, "batch hidden"], Any]:
+        """The last hidden vector of a window of tokens that `forward` takes; see `continue_from`.
+
+        An encoder that can spare the computation of the tokens before overrides it.
+
+        Args:
+            window: Tokens, at most `max_positions`.
+            num_new: How many of them come after those that `memory` stands for.
+            memory: What the call before returned, in its rows; `None` if all tokens are new.
+        """
+        return self(window)[0][:, -1], None
+
+    def select_rows(self, cache: Cache, rows: Int[Tensor, "new"]) -> Cache:
+        """The cache whose row i is row `rows[i]` of the one given, which is spent.
+
+        Beam search so keeps, copies and drops rows.
+
+        Args:
+            cache: What `continue_from` returned.
+            rows: Places in `[0, batch)`, in any order and number.
+        """
+        axis = self.state_batch_axis if self.carries_state else 0
+        return _select(cache, rows, axis)
+
     def permute_embedding(self, original_ids: Int[Tensor, "vocab"]) -> None:
         """Reorder a pretrained embedding to this vocabulary's ids; nothing to do without one.
 
@@ -86,11 +150,7 @@ class Encoder(nn.Module, ABC):
             ValueError: If `tokens` is no two-dimensional integer tensor with at least one row and
                 one position, is longer than `max_positions`, or an encoder without state gets one.
         """
-        if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "tokens must be int64 of shape (batch, time), neither of them 0,"
-                f" got {tokens.dtype} of shape {tuple(tokens.shape)}"
-            )
+        _check_tokens(tokens)
         if self.max_positions is not None and tokens.shape[1] > self.max_positions:
             raise ValueError(
                 f"{tokens.shape[1]} tokens in a row exceed max_positions={self.max_positions}:"
@@ -98,6 +158,21 @@ class Encoder(nn.Module, ABC):
             )
         if state is not None and not self.carries_state:
             raise ValueError(f"{type(self).__name__} carries no state, so state must be None")
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "tokens must be int64 of shape (batch, time), neither of them 0,"
+            f" got {tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+
+
+def _select(cache: Cache, rows: Tensor, axis: int) -> Cache:
+    """Rows of every tensor of a nested tuple."""
+    if isinstance(cache, tuple):
+        return tuple(_select(part, rows, axis) for part in cache)
+    return None if cache is None else cache.index_select(axis, rows)
 
 
 def check_probability(**probabilities: float) -> None:

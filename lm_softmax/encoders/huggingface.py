@@ -1,6 +1,7 @@
 """A causal body of the `transformers` library as encoder."""
 
 import difflib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_softmax.encoders.base import Encoder, State
+from lm_softmax.encoders.base import Cache, Encoder, State
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -79,12 +80,41 @@ class HuggingFaceEncoder(Encoder):
             ValueError: Also if pretrained weights still wait for `permute_embedding`.
         """
         self.check_input(tokens, state)
+        self._check_permutation()
+        return self.body(input_ids=tokens).last_hidden_state, None
+
+    def _continue(
+        self, window: Int[Tensor, "batch time"], num_new: int, memory: Any
+    ) -> tuple[Float[Tensor, "batch hidden"], Any]:
+        """The last hidden vector; the memory is the cache of transformers, changed in place.
+
+        A body that does not speak of `past_key_values` computes the whole window each time.
+        """
+        self.check_input(window, None)
+        self._check_permutation()
+        if not self._keeps_cache:
+            return super()._continue(window, num_new, memory)
+        tokens = window[:, -num_new:]
+        output = self.body(input_ids=tokens, past_key_values=memory, use_cache=True)
+        return output.last_hidden_state[:, -1], output.past_key_values
+
+    def select_rows(self, cache: Cache, rows: Int[Tensor, "new"]) -> Cache:
+        """See `Encoder.select_rows`; the cache of transformers is changed in place."""
+        window, memory = cache
+        if memory is not None:
+            memory.reorder_cache(rows)
+        return window.index_select(0, rows), memory
+
+    @property
+    def _keeps_cache(self) -> bool:
+        return "past_key_values" in inspect.signature(self.body.forward).parameters
+
+    def _check_permutation(self) -> None:
         if self.awaits_permutation:
             raise ValueError(
                 f"the weights in {self.path} expect the ids of their own tokenizer, and this"
                 " vocabulary does not know them: choose that tokenizer for the data"
             )
-        return self.body(input_ids=tokens).last_hidden_state, None
 
     @torch.no_grad()
     def permute_embedding(self, original_ids: Int[Tensor, "vocab"]) -> None:

@@ -80,6 +80,7 @@ class LSTMEncoder(Encoder):
     """
 
     carries_state = True
+    state_batch_axis = 1
 
     def __init__(
         self,

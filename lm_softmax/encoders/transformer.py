@@ -1,9 +1,10 @@
 """A causal Transformer encoder made of torch's own layers."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -22,7 +23,8 @@ class TransformerEncoder(Encoder):
 
     Returns hidden vectors `(batch, time, hidden_size)` that end in a layer norm, and no state: a
     position sees the tokens of its own call only, at most `max_positions` of them. Attention goes
-    through `scaled_dot_product_attention` with `is_causal`, so a GPU picks its fused kernels.
+    through `scaled_dot_product_attention` with `is_causal`, so a GPU picks its fused kernels. While
+    decoding, `continue_from` keeps the keys and values of the tokens before.
 
     Embeddings are multiplied by `sqrt(hidden_size)` (Vaswani et al. 2017, section 3.4), which
     gives those of this package unit variance. Matrices start from N(0, 0.02^2) and biases from 0,
@@ -131,6 +133,45 @@ class TransformerEncoder(Encoder):
         for layer in self.layers:
             hidden = layer(hidden, src_mask=future, is_causal=True)
         return self.norm(hidden), None
+
+    def _continue(
+        self, window: Int[Tensor, "batch time"], num_new: int, memory: Any
+    ) -> tuple[Float[Tensor, "batch hidden"], Any]:
+        """The last hidden vector; the memory holds each layer's keys and values, without dropout.
+
+        They are `(batch, num_heads, time, hidden_size // num_heads)`.
+        """
+        self.check_input(window, None)
+        tokens, first = window[:, -num_new:], window.shape[1] - num_new
+        hidden = self.embedding(tokens) * math.sqrt(self.hidden_size)
+        hidden = hidden + self.positions[first : window.shape[1]]
+        kept = []
+        for number, layer in enumerate(self.layers):
+            hidden, keys_and_values = _continue_layer(layer, hidden, memory and memory[number])
+            kept.append(keys_and_values)
+        return self.norm(hidden[:, -1]), tuple(kept)
+
+
+def _continue_layer(
+    layer: Any, hidden: Float[Tensor, "batch new size"], past: tuple[Tensor, Tensor] | None
+) -> tuple[Float[Tensor, "batch new size"], tuple[Tensor, Tensor]]:
+    """An `nn.TransformerEncoderLayer` on new positions, and the keys and values of all so far."""
+    attention, num_new = layer.self_attn, hidden.shape[1]
+    inputs = layer.norm1(hidden) if layer.norm_first else hidden
+    projected = F.linear(inputs, attention.in_proj_weight, attention.in_proj_bias)
+    shape = (*hidden.shape[:2], 3, attention.num_heads, -1)
+    query, key, value = projected.view(shape).permute(2, 0, 3, 1, 4)
+    if past is not None:
+        key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+    num_past = key.shape[2] - num_new
+    seen = torch.ones(num_new, key.shape[2], dtype=torch.bool, device=hidden.device).tril(num_past)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2))
+    if not layer.norm_first:
+        hidden = layer.norm1(hidden)
+    inputs = layer.norm2(hidden) if layer.norm_first else hidden
+    hidden = hidden + layer.linear2(layer.activation(layer.linear1(inputs)))
+    return hidden if layer.norm_first else layer.norm2(hidden), (key, value)
 
 
 def sinusoids(num_positions: int, size: int) -> Float[Tensor, "position size"]:

@@ -168,6 +168,14 @@ class Vocab:
         """
         return self._ids(self.tokenizer.symbols(rows))
 
+    def encode_each(self, rows: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Ids of each of some rows of text, ended by `<eos>`: `encode_rows`, cut at the rows."""
+        if not rows:
+            return []
+        symbols = [self.tokenizer.symbols(pa.array([row], pa.large_string())) for row in rows]
+        ends = np.cumsum([len(part) for part in symbols])
+        return np.split(self._ids(pa.concat_arrays(symbols)), ends[:-1])
+
     def encode(self, text: str) -> list[int]:
         r"""Ids of a text that may go on, such as a prompt: no `<eos>` is put after it.
 

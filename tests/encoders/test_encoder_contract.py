@@ -156,6 +156,62 @@ def test_two_halves_with_state_equal_the_whole(name, size, data):
     assert_close(other_end, end, atol=1e-10, rtol=1e-10)
 
 
+def randomised(name):
+    """In float64, without zeros that would hide a mistake."""
+    encoder = build(name, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return encoder
+
+
+@CASES
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
+def test_decoding_from_a_cache_equals_the_last_window_computed_again(name, batch, sizes, data):
+    """Also beyond `max_positions`, and after rows were dropped, copied and reordered."""
+    encoder = randomised(name)
+    seen, cache = draw(batch, 0), None
+    for number, size in enumerate(sizes):
+        new = draw(len(seen), size, seed=number)
+        seen = torch.cat([seen, new], 1)
+        with torch.no_grad():
+            hidden, cache = encoder.continue_from(new, cache)
+            expected = encoder(seen[:, -(encoder.max_positions or 99) :])[0][:, -1]
+        assert_close(hidden, expected, atol=1e-10, rtol=1e-10)
+        places = st.lists(st.integers(0, len(seen) - 1), min_size=1, max_size=4)
+        rows = torch.tensor(data.draw(places))
+        seen, cache = seen[rows], encoder.select_rows(cache, rows)
+
+
+@CASES
+def test_a_cache_spares_the_tokens_before(name):
+    encoder = randomised(name)
+    looked_up = []
+    encoder.embedding.register_forward_hook(lambda _, args, out: looked_up.append(args[0].shape[1]))
+    cache = None
+    for size in (5, 1, 2):
+        _, cache = encoder.continue_from(draw(2, size), cache)
+    assert looked_up == [5, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_post_norm", "gpt2", "llama"])
+def test_decoding_starts_no_state_in_training(name):
+    encoder = build(name)
+    _, cache = encoder.continue_from(draw(2, 3))
+    assert encoder(draw(2, 3))[1] is None
+    with pytest.raises(ValueError, match="carries no state"):
+        encoder(draw(2, 3), cache)
+
+
+@CASES
+def test_decoding_refuses_what_are_no_tokens(name):
+    encoder = build(name)
+    _, cache = encoder.continue_from(draw(2, 3))
+    with pytest.raises(ValueError, match=r"tokens must be int64 of shape.* \(2, 0\)"):
+        encoder.continue_from(draw(2, 0), cache)
+
+
 @CASES
 def test_rows_do_not_see_each_other(name):
     encoder = build(name, dtype=torch.float64).eval()

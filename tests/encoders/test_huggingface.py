@@ -250,3 +250,18 @@ def test_names_the_extra_where_transformers_is_missing(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "lm_softmax\[hf\]"') as caught:
         HuggingFaceEncoder(10, config=BODIES["gpt2"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_body_without_a_cache_of_keys_and_values_is_fed_its_tokens_again():
+    config = {"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1, "state_size": 2}
+    encoder = HuggingFaceEncoder(23, config=config).eval()
+    tokens = torch.randint(23, (2, 6))
+    cache = None
+    for token in tokens.split(1, 1):
+        with torch.no_grad():
+            hidden, cache = encoder.continue_from(token, cache)
+    cache = encoder.select_rows(cache, torch.tensor([1]))
+    with torch.no_grad():
+        assert_close(hidden, encoder(tokens)[0][:, -1])
+        hidden, _ = encoder.continue_from(torch.tensor([[3]]), cache)
+        assert_close(hidden, encoder(torch.cat([tokens[1:], torch.tensor([[3]])], 1))[0][:, -1])

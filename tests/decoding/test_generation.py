@@ -4,64 +4,20 @@ from itertools import product
 
 import pytest
 import torch
-from torch.nn.functional import one_hot
+from toys import NUM_CONTEXTS, VOCAB_SIZE, SumEncoder, TableHead, table
 
-from lm_softmax.decoding import generate
-from lm_softmax.encoders import Encoder, LSTMEncoder, TransformerEncoder, WordEmbedding
-from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, OutputHead
-
-VOCAB_SIZE = 4
-NUM_CONTEXTS = 7
+from lm_softmax.decoding import generate, stream
+from lm_softmax.encoders import LSTMEncoder, TransformerEncoder
+from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
 
 
-class TableHead(OutputHead):
-    """The next word's probabilities stand in a row of a table; hidden says which row."""
-
-    def __init__(self, table):
-        super().__init__(*table.shape)
-        self.table = table
-
-    def log_prob(self, hidden, target=None):
-        assert not self.training
-        assert target is None
-        return (hidden.double() @ self.table).log()
-
-
-class SumEncoder(Encoder):
-    """Hidden vector t marks the row `(sum of token + 1 over the tokens seen) % NUM_CONTEXTS`."""
-
-    hidden_size = NUM_CONTEXTS
-
-    def __init__(self, carries_state=False, max_positions=None):
-        super().__init__(VOCAB_SIZE)
-        self.carries_state, self.max_positions = carries_state, max_positions
-        self.embedding = WordEmbedding(VOCAB_SIZE, 1)
-        self.dropout = torch.nn.Dropout()
-        self.calls = []
-
-    def forward(self, tokens, state=None):
-        self.check_input(tokens, state)
-        assert not self.training
-        assert not torch.is_grad_enabled()
-        self.calls.append(tokens.tolist())
-        sums = (tokens + 1).cumsum(1)
-        if state is not None:
-            sums = sums + state[0]
-        hidden = one_hot(sums % NUM_CONTEXTS, NUM_CONTEXTS).double()
-        return hidden, (sums[:, -1:],) if self.carries_state else None
-
-
-def table(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.rand(NUM_CONTEXTS, VOCAB_SIZE, generator=generator, dtype=torch.float64) ** 2
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def next_probabilities(tokens, window, probabilities, temperature=1.0, top_k=None, top_p=None):
+def next_probabilities(
+    tokens, window, probabilities, temperature=1.0, top_k=None, top_p=None, suppress=()
+):
     """The distribution of the next word by definition, as a list."""
     seen = tokens[-window:] if window else tokens
     row = probabilities[sum(token + 1 for token in seen) % NUM_CONTEXTS].tolist()
-    weights = {word: p ** (1 / temperature) for word, p in enumerate(row)}
+    weights = {word: p ** (1 / temperature) for word, p in enumerate(row) if word not in suppress}
     order = sorted(weights, key=weights.get, reverse=True)[:top_k]
     total, kept, mass = sum(weights[word] for word in order), [], 0.0
     for word in order:
@@ -105,6 +61,9 @@ def test_greedy_takes_the_most_probable_word_given_all_before_it(options, window
         {"temperature": 2.0, "top_k": 3},
         {"top_p": 0.7},
         {"temperature": 1.5, "top_k": 3, "top_p": 0.8},
+        {"suppress": [2, 0], "temperature": 1.5},
+        {"suppress": [1], "temperature": 0.5, "top_k": 2, "top_p": 0.9},
+        {"suppress": [1], "temperature": 2.0, "top_p": 0.7},
     ],
 )
 def test_sampled_continuations_have_their_exact_probabilities(options, window, sampling):
@@ -142,6 +101,45 @@ def test_the_generator_decides():
     ]
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+@ENCODERS
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_without_the_cache_the_text_is_the_same(options, window, temperature):
+    prompt = torch.randint(VOCAB_SIZE, (5, 3))
+    texts = []
+    for use_cache in (True, False):
+        encoder = SumEncoder(**options)
+        generator = torch.Generator().manual_seed(4)
+        sampling = {"temperature": temperature, "generator": generator, "use_cache": use_cache}
+        texts.append(generate(encoder, TableHead(table()), prompt, 9, **sampling).tolist())
+        fed = [len(rows[0]) for rows in encoder.calls]
+        if not use_cache:
+            assert fed == ([2] * 9 if window else list(range(3, 12)))
+    assert texts[0] == texts[1]
+
+
+def test_streamed_tokens_are_those_of_the_text_and_modes_are_restored_between_them():
+    encoder, head = SumEncoder(carries_state=True), TableHead(table())
+    prompt = torch.tensor([[0, 2], [1, 1], [3, 0]])
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    whole = generate(encoder, head, prompt, 12, eos_id=0, generator=generators[0])
+    steps = stream(encoder, head, prompt, 12, eos_id=0, generator=generators[1])
+    columns = []
+    for drawn in steps:
+        columns.append(drawn)
+        assert encoder.training
+        assert head.training
+        assert torch.is_grad_enabled()
+    found = torch.stack(columns, 1)
+    assert torch.equal(found, whole[:, 2 : 2 + len(columns)])
+    assert len(columns) < 12  # all rows end before
+    assert (whole[:, 2 + len(columns) :] == 0).all()
+
+
+def test_a_stream_refuses_before_its_first_token():
+    with pytest.raises(ValueError, match="num_tokens must be at least 1, got 0"):
+        stream(SumEncoder(), TableHead(table()), PROMPT, 0)
 
 
 def test_what_the_encoder_is_fed():
@@ -234,6 +232,8 @@ PROMPT = torch.zeros(2, 3, dtype=torch.int64)
         (PROMPT, {"top_k": 5, "temperature": 0}, r"top_k must be in \[1, vocab_size=4\], got 5"),
         (PROMPT, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
         (PROMPT, {"top_p": 1.1, "temperature": 0}, r"top_p must be in \(0, 1\], got 1\.1"),
+        (PROMPT, {"suppress": [1, 4]}, r"words to exclude .*vocab_size=4\), got ids from 1 to 4"),
+        (PROMPT, {"suppress": range(4)}, "no word is left of vocab_size=4"),
         (PROMPT, {"eos_id": 4}, r"eos_id must be in \[0, vocab_size=4\), got 4"),
         (PROMPT[:, :0], {}, r"at least one token a row, got shape \(2, 0\)"),
         (PROMPT[0], {}, r"got shape \(3,\)"),

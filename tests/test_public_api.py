@@ -8,6 +8,7 @@ import pytest
 PUBLIC = {
     "lm_softmax.heads": [
         "AdaptiveSoftmax",
+        "Agreement",
         "FullSoftmax",
         "HierarchicalSoftmax",
         "LowRankSoftmax",
@@ -15,8 +16,10 @@ PUBLIC = {
         "NCE",
         "OutputHead",
         "ProductQuantizedSoftmax",
+        "SVDPreview",
         "SampledSoftmax",
         "TopK",
+        "agreement",
     ],
     "lm_softmax.kernels": [
         "Clusters",

@@ -1,48 +1,27 @@
 """What a checkpoint gives to the command line: defaults of options, and choices already made."""
 
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lm_softmax import factory
-from lm_softmax.encoders import Encoder
-from lm_softmax.heads import OutputHead
+from lm_softmax.checkpoint import PARTS, Checkpoint
 from lm_softmax.module import LanguageModel
 
 NAMED = ("last", "best")
-ZIP_MAGIC = b"PK\x03\x04"
-# What reading a ZIP archive with flipped bits may end in: sizes, places, flags and names are wrong.
-DAMAGES = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
-PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
 
 
-class Checkpoint:
-    """A checkpoint of `LanguageModel`, read without running anything in it.
+class RunCheckpoint(Checkpoint):
+    """A checkpoint that a command starts from.
 
     Args:
         path: The file, or "last" or "best" of a run.
         run: The run's folder.
 
     Attributes:
-        path: The file.
-        content: What it holds.
-        hparams: The model's part of it.
-        data_options: The options of the data module that it was trained on.
         unknown: What is wrong with classes that `defaults` had to leave out.
 
     Raises:
@@ -50,31 +29,12 @@ class Checkpoint:
     """
 
     def __init__(self, path: str, run: str | None) -> None:
-        self.path = Path(path)
         if path in NAMED:
             if run is None:
                 raise ValueError(f"--ckpt_path {path} needs the run's folder: add --run DIR")
-            self.path = Path(run, "checkpoints", f"{path}.ckpt")
-        if not self.path.is_file():
-            raise ValueError(f"no checkpoint {self.path}")
-        if _is_damaged(self.path):
-            raise ValueError(f"{self.path} is damaged or incomplete")
-        try:
-            self.content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in as many ways as there are formats
-            reason = str(error).split("\n")[0].split(". ")[0]
-            raise ValueError(f"cannot read the checkpoint {self.path}: {reason}") from error
-        hparams = self.content.get("hyper_parameters") if isinstance(self.content, dict) else None
-        if not isinstance(hparams, dict) or not {*PARTS, "requested", "vocab"} <= set(hparams):
-            raise ValueError(f"{self.path} is not the checkpoint of a language model")
-        self.hparams: dict[str, Any] = hparams
+            path = str(Path(run, "checkpoints", f"{path}.ckpt"))
+        super().__init__(path)
         self.unknown: list[str] = []
-        self.data_options: dict[str, Any] = self.content.get("datamodule_hyper_parameters", {})
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that were done."""
-        return int(self.content["global_step"])
 
     @property
     def folder(self) -> Path:
@@ -158,16 +118,3 @@ class Checkpoint:
             if factory.complete(factory.describe(model[name], name), base, name)
             == factory.complete(self.hparams["requested"][name], base, name)
         }
-
-
-def _is_damaged(path: Path) -> bool:
-    """Whether what began as a ZIP archive, as checkpoints are, lacks a part or fails its CRC."""
-    with path.open("rb") as file:
-        begin = file.read(len(ZIP_MAGIC))
-    if not ZIP_MAGIC.startswith(begin) and not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
-    except DAMAGES:
-        return True

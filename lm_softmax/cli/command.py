@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lm_softmax.schedule  # noqa: F401  a class is known by its name once it is imported
 from lm_softmax.callbacks import RunSummary
-from lm_softmax.cli.checkpoint import Checkpoint
+from lm_softmax.cli.checkpoint import RunCheckpoint
 from lm_softmax.cli.messages import option_error
 from lm_softmax.cli.run_folder import PredictionWriter, RunFolder
 from lm_softmax.data import TextDataModule
@@ -96,9 +96,9 @@ class TrainCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.given = Given.read(args)
         self.folder: RunFolder | None = None
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: RunCheckpoint | None = None
         if self.given.ckpt_path is not None:
-            self.checkpoint = Checkpoint(self.given.ckpt_path, self.given.run)
+            self.checkpoint = RunCheckpoint(self.given.ckpt_path, self.given.run)
         self.parsers: dict[str, LightningArgumentParser] = {}
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(

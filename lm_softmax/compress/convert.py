@@ -98,11 +98,16 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(checkpoint, temporary)
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's own writer knows no OSError
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise ValueError(f"cannot write {path}: {reason}") from error
+    except (OSError, RuntimeError) as error:  # torch's writer hides what it failed at
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise ValueError(f"cannot write {path}: {cause.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

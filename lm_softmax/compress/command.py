@@ -143,9 +143,9 @@ def _check(options: argparse.Namespace) -> None:
 def _check_output(output: Path, options: argparse.Namespace) -> None:
     if not output.parent.is_dir():
         raise ValueError(f"{output.parent}: no such folder to write {output.name} into")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder, --output names a file")
     for path in (output, _json_path(output)):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder, --output names a file")
         if path.exists() and path.resolve() == options.checkpoint.resolve():
             raise ValueError(f"--output {output} would replace the checkpoint that it comes from")
         if path.exists() and not options.force:

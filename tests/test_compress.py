@@ -454,6 +454,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(full, tmp_path):
         (("--preview", "SVDPreview(size=9)"), "no option size, but window, num_rescored"),
         (("--preview", "SVDPreview(num_rescored=9)"), "k must be in [1, num_rescored=9], got 10"),
         (("--head", LOW, "--output", "nowhere/y.ckpt"), "nowhere: no such folder to write y.ckpt"),
+        (("--head", LOW, "--output", "y.json"), "y.json would be the report's name: give --output"),
         (("--head", LOW, "--output", "."), ". is a folder, --output names a file"),
         (("--head", LOW, "--output", "exists.ckpt"), "exists.ckpt exists: give another --output,"),
         (("--head", LOW, "--output", "report.ckpt"), "report.json exists: give another --output"),

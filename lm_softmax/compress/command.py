@@ -145,6 +145,8 @@ def _check_output(output: Path, options: argparse.Namespace) -> None:
         raise ValueError(f"{output.parent}: no such folder to write {output.name} into")
     if output.is_dir():
         raise ValueError(f"{output} is a folder, --output names a file")
+    if output.suffix == ".json":
+        raise ValueError(f"{output} would be the report's name: give --output another suffix")
     for path in (output, _json_path(output)):
         if path.exists() and path.resolve() == options.checkpoint.resolve():
             raise ValueError(f"--output {output} would replace the checkpoint that it comes from")
@@ -155,7 +157,7 @@ def _check_output(output: Path, options: argparse.Namespace) -> None:
 
 
 def _json_path(output: Path) -> Path:
-    return output.with_suffix(".json") if output.suffix != ".json" else output.with_suffix(".txt")
+    return output.with_suffix(".json")
 
 
 def _write_json(report: dict[str, Any], path: Path) -> None:

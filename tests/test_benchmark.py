@@ -28,10 +28,10 @@ from lm_softmax.benchmark.plot import draw
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.report import as_csv, table
 from lm_softmax.benchmark.results import Result, Spread, compare
-from lm_softmax.benchmark.specs import Spec, parse_spec
 from lm_softmax.benchmark.timing import FORWARD, FORWARD_BACKWARD, OPTIMIZER, time_rounds
 from lm_softmax.benchmark.train import check, optimizer_factory
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
+from lm_softmax.specs import Spec, parse_spec
 
 TINY = Problem(vocab_size=60, num_tokens=40, hidden_size=32, dtype="float64")
 ADAPTIVE = "AdaptiveSoftmax(cutoffs=[10, 30])"

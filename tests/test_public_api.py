@@ -8,6 +8,7 @@ import pytest
 PUBLIC = {
     "lm_softmax.heads": [
         "AdaptiveSoftmax",
+        "Agreement",
         "FullSoftmax",
         "HierarchicalSoftmax",
         "LowRankSoftmax",
@@ -15,9 +16,11 @@ PUBLIC = {
         "NCE",
         "OutputHead",
         "ProductQuantizedSoftmax",
+        "SVDPreview",
         "SampledSoftmax",
         "Search",
         "TopK",
+        "agreement",
     ],
     "lm_softmax.kernels": [
         "Clusters",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lm_softmax.benchmark.problem import Problem
-from lm_softmax.benchmark.specs import Spec
 from lm_softmax.heads import OutputHead
+from lm_softmax.specs import Spec
 
 Kind = Literal["standard", "peer", "head", "floor"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lm_softmax.benchmark.contestants import Contestant, Entry
 from lm_softmax.benchmark.peers import structure_name
-from lm_softmax.benchmark.specs import Spec
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, OutputHead
+from lm_softmax.specs import Spec
 
 MOST_LOGITS = 2**32  # bytes of logits that are held at once
 

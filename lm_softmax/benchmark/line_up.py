@@ -12,8 +12,8 @@ from lm_softmax.benchmark.contestants import Entry, of_head
 from lm_softmax.benchmark.floors import floor_entry
 from lm_softmax.benchmark.peers import FULL, adaptive_peers, full_peers
 from lm_softmax.benchmark.problem import Problem
-from lm_softmax.benchmark.specs import Spec
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, OutputHead
+from lm_softmax.specs import Spec
 
 
 def line_up(

@@ -13,7 +13,7 @@ import lm_softmax.heads
 import lm_softmax.schedule
 from lm_softmax.benchmark.line_up import head_classes
 from lm_softmax.benchmark.loops import EncoderSizes
-from lm_softmax.benchmark.specs import Spec, parse_spec
+from lm_softmax.specs import Spec, parse_spec
 
 NAMESPACES = (lm_softmax.heads, lm_softmax.encoders, lm_softmax.schedule, torch.optim)
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"fused": True}}

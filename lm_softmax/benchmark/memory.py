@@ -15,7 +15,7 @@ from torch import Tensor
 from lm_softmax.benchmark.contestants import Contestant, Entry, Loss, Workshop
 from lm_softmax.benchmark.line_up import line_up
 from lm_softmax.benchmark.problem import Problem
-from lm_softmax.benchmark.specs import Spec
+from lm_softmax.specs import Spec
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_HIGH_WATER = "5"  # see proc(5)

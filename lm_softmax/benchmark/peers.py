@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lm_softmax.benchmark.contestants import Contestant, Entry, Kind, Loss
 from lm_softmax.benchmark.problem import Problem
-from lm_softmax.benchmark.specs import Spec
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, OutputHead
+from lm_softmax.specs import Spec
 
 PLAIN, PLAIN_FLOAT = "plain full softmax", "plain full softmax, float32 logits"
 CHUNKED, COMPILED = "torch linear_cross_entropy", "compiled full softmax"

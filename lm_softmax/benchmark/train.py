@@ -12,7 +12,6 @@ from lm_softmax.benchmark.line_up import line_up
 from lm_softmax.benchmark.memory import measure
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.results import Result
-from lm_softmax.benchmark.specs import Spec
 from lm_softmax.benchmark.timing import (
     FORWARD_BACKWARD,
     MakeOptimizer,
@@ -20,6 +19,7 @@ from lm_softmax.benchmark.timing import (
     paired_ratios,
     time_rounds,
 )
+from lm_softmax.specs import Spec
 
 Say = Callable[[str], object]
 OPTIMIZERS = {

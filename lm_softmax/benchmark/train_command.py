@@ -11,8 +11,8 @@ from lm_softmax.benchmark.plot import caption, draw
 from lm_softmax.benchmark.problem import DTYPES, ZIPF, Problem
 from lm_softmax.benchmark.report import as_csv, as_json, table, write, write_text
 from lm_softmax.benchmark.results import compare
-from lm_softmax.benchmark.specs import Spec, parse_spec
 from lm_softmax.benchmark.train import Plan, run
+from lm_softmax.specs import Spec, parse_spec
 
 DESCRIPTION = """\
 Times forward pass, backward pass and optimizer step of output heads and of their peers on the same

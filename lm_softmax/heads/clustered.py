@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_softmax.heads.base import Search, TopK
+from lm_softmax.heads.base import OutputHead, Search, TopK
 from lm_softmax.heads.exact import ExactHead
 from lm_softmax.kernels import (
     Clusters,
@@ -91,6 +91,32 @@ def tied_weight(embedding: nn.Module, shape: tuple[int, int], name: str, axes: s
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(embedding).__name__
         raise ValueError(f"{name} ties to an embedding of {axes} {shape}, got {got}")
     return weight
+
+
+def output_rows(head: object) -> tuple[Tensor, Tensor | None]:
+    """Output rows and bias of a head with one row a word over `hidden` itself.
+
+    Raises:
+        ValueError: If it is another head, or its rows are not finite.
+    """
+    name = type(head).__name__
+    if not isinstance(head, OutputHead):
+        raise ValueError(f"expected an output head, got {name}")
+    if not isinstance(head, ClusteredHead):
+        kind = name
+    elif tails := head.clusters().tails:
+        kind = f"{name} with {len(tails)} tail clusters"
+    elif type(head)._inputs is not ClusteredHead._inputs:
+        kind = f"{name} with inputs of its own"
+    else:
+        weight, _, bias, _ = head.clusters()
+        if not weight.isfinite().all():
+            raise ValueError(f"the output rows of {name} must be finite")
+        return weight, bias
+    raise ValueError(
+        f"expected a full softmax, one output row of hidden_size={head.hidden_size} a word,"
+        f" got {kind}"
+    )
 
 
 def dense_log_probs(

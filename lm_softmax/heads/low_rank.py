@@ -3,20 +3,19 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm_softmax.heads.base import OutputHead, is_size
+from lm_softmax.heads.base import is_size
 from lm_softmax.heads.clustered import (
     ClusteredHead,
     dense_log_probs,
     log_frequencies,
+    output_rows,
     project,
     tied_weight,
 )
+from lm_softmax.heads.singular import ROWS, right_singular
 from lm_softmax.kernels import Clusters, Objective, autocast_off
-
-SVD_ROWS = 2**14  # of the output matrix that the decomposition holds in float64 at once
 
 
 class LowRankSoftmax(ClusteredHead):
@@ -106,7 +105,7 @@ class LowRankSoftmax(ClusteredHead):
 
     @classmethod
     @torch.no_grad()
-    def from_full(cls, head: ClusteredHead, rank: int) -> "LowRankSoftmax":
+    def from_full(cls, head: ClusteredHead, rank: int | None = None) -> "LowRankSoftmax":
         """The head of this rank whose output matrix is nearest to that of a trained one.
 
         The singular value decomposition of the output rows is cut after `rank` terms, which is
@@ -116,15 +115,13 @@ class LowRankSoftmax(ClusteredHead):
 
         Args:
             head: A head with one row a word over `hidden` itself, or a low-rank one.
-            rank: Width of the new rows.
+            rank: Width of the new rows, as in the constructor.
 
         Raises:
             ValueError: If `head` has tail clusters, other inputs or rows that are not finite, or
                 `rank` is out of range.
         """
-        rows, _, bias, _ = _dense_rows(head)
-        if not rows.isfinite().all():
-            raise ValueError(f"the output rows of {type(head).__name__} must be finite")
+        rows, bias = _dense_rows(head)
         objective = head.objective
         made = cls(
             head.hidden_size,
@@ -136,14 +133,14 @@ class LowRankSoftmax(ClusteredHead):
             z_loss=objective.z_loss,
             ignore_index=head.ignore_index,
         ).to(rows)
-        values, vectors = _right_singular(rows)
-        vectors = vectors[:rank]
+        values, vectors = right_singular(rows)
+        vectors = vectors[: made.rank]
         # rows of a lower rank: nothing to share, and a direction that is rounding alone would
         # never train, because the gradient of each factor is a multiple of the other
         least = values[0] * torch.finfo(torch.float64).eps * max(rows.shape)
-        roots = values[:rank].where(values[:rank] > least, 1).sqrt()
+        roots = values[: made.rank].where(values[: made.rank] > least, 1).sqrt()
         made.projection.copy_(roots.unsqueeze(1) * vectors)
-        for own, part in zip(*(torch.split(m, SVD_ROWS) for m in (made.weight, rows)), strict=True):
+        for own, part in zip(*(torch.split(m, ROWS) for m in (made.weight, rows)), strict=True):
             own.copy_(part.to(vectors) @ vectors.t() / roots)
         if made.bias is not None and bias is not None:
             made.bias.copy_(bias)
@@ -154,36 +151,12 @@ class LowRankSoftmax(ClusteredHead):
         return f"{super().extra_repr()}, rank={self.rank}"
 
 
-def _dense_rows(head: ClusteredHead) -> Clusters:
-    """The clusters of a head, with one row a word over `hidden` itself."""
-    if not isinstance(head, OutputHead):
-        raise ValueError(f"from_full takes an output head, got {type(head).__name__}")
-    if isinstance(head, LowRankSoftmax):
-        with autocast_off(head.weight):
-            return head.clusters()._replace(weight=head.weight @ head.projection)
-    if not isinstance(head, ClusteredHead) or type(head)._inputs is not ClusteredHead._inputs:
-        kind = "inputs of its own"
-    elif head.clusters().tails:
-        kind = f"{len(head.clusters().tails)} tail clusters"
-    else:
-        return head.clusters()
-    raise ValueError(
-        f"from_full takes a head with one row of hidden_size={head.hidden_size} a word,"
-        f" got {type(head).__name__} with {kind}"
-    )
-
-
-def _right_singular(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values `(width,)`, zeros included, and right singular vectors of `(V, width)`.
-
-    In float64, by QR decompositions of a few rows at a time: as exact as a decomposition of the
-    whole, which `rows.t() @ rows`, whose condition is squared, would not be.
-    """
-    width = rows.shape[1]
-    device = "cpu" if rows.device.type == "mps" else rows.device  # mps has no float64
-    triangle = torch.zeros(0, width, dtype=torch.float64, device=device)
-    for part in torch.split(rows, SVD_ROWS):
-        stacked = torch.cat([triangle, part.to(triangle)])
-        triangle = torch.linalg.qr(stacked, mode="r").R
-    _, values, vectors = torch.linalg.svd(triangle)
-    return F.pad(values, (0, width - len(values))), vectors
+def _dense_rows(head: ClusteredHead) -> tuple[Tensor, Tensor | None]:
+    """Output rows over `hidden` itself, those of a low-rank head multiplied out, and bias."""
+    if not isinstance(head, LowRankSoftmax):
+        return output_rows(head)
+    with autocast_off(head.weight):
+        rows = head.weight @ head.projection
+    if not rows.isfinite().all():
+        raise ValueError(f"the output rows of {type(head).__name__} must be finite")
+    return rows, head.bias

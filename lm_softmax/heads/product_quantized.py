@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_softmax.heads.base import TopK, is_size
-from lm_softmax.heads.clustered import ClusteredHead, log_frequencies, project
+from lm_softmax.heads.clustered import ClusteredHead, log_frequencies, output_rows, project
 from lm_softmax.heads.exact import ExactHead
-from lm_softmax.heads.quantize import check_kmeans, kmeans, output_rows, truncated_svd
+from lm_softmax.heads.quantize import check_kmeans, kmeans, truncated_svd
 from lm_softmax.heads.quantized_matrix import (
     QuantizedMatrix,
     checked_codebooks,

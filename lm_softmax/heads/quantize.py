@@ -6,29 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lm_softmax.heads.clustered import ClusteredHead
 from lm_softmax.kernels import accumulation_dtype, autocast_off
 
 DISTANCE_BYTES = 2**22  # of distances held at once
 SVD_ROWS = 2**14  # of the matrix that a decomposition holds in float64 at once
 SEEDED_ROWS = 64  # a centroid: k-means++ chooses among this many times as many rows
 REFILL_ERRORS = 1e-6  # relative to a part's square: below it there is nothing to gain
-
-
-def output_rows(head: ClusteredHead) -> tuple[Tensor, Tensor | None]:
-    """Output rows and bias of a head with one row a word over `hidden` itself."""
-    if not isinstance(head, ClusteredHead):
-        raise ValueError(f"from_full takes a full softmax, got {type(head).__name__}")
-    clusters = head.clusters()
-    if clusters.tails or type(head)._inputs is not ClusteredHead._inputs:
-        kind = f"{len(clusters.tails)} tail clusters" if clusters.tails else "inputs of its own"
-        raise ValueError(
-            f"from_full takes a head with one row of hidden_size={head.hidden_size} a word,"
-            f" got {type(head).__name__} with {kind}"
-        )
-    if not clusters.weight.isfinite().all():
-        raise ValueError(f"the output rows of {type(head).__name__} must be finite")
-    return clusters.weight, clusters.bias
 
 
 def check_kmeans(iterations: int, seed: int) -> None:

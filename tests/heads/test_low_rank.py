@@ -10,7 +10,13 @@ from naive import naive_low_rank
 from torch import nn
 from torch.testing import assert_close
 
-from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, LowRankSoftmax, MixtureOfSoftmaxes
+from lm_softmax.heads import (
+    AdaptiveSoftmax,
+    FullSoftmax,
+    LowRankSoftmax,
+    MixtureOfSoftmaxes,
+    singular,
+)
 from lm_softmax.heads import low_rank as module
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -134,7 +140,8 @@ def full_head(hidden_size, vocab_size, **options):
 class TestFromFull:
     @pytest.fixture(autouse=True)
     def _small_parts(self, monkeypatch):
-        monkeypatch.setattr(module, "SVD_ROWS", 13)
+        monkeypatch.setattr(module, "ROWS", 13)
+        monkeypatch.setattr(singular, "ROWS", 13)
 
     @pytest.mark.parametrize("size", [(9, 70), (9, 5), (6, 13), (4, 1)], ids=str)
     def test_is_the_head_itself_at_full_rank(self, size):

@@ -304,7 +304,7 @@ class TestFromFull:
         [
             (AdaptiveSoftmax(8, 40, cutoffs=[10, 20]), "AdaptiveSoftmax with 2 tail clusters"),
             (LowRankSoftmax(8, 40, rank=8), "LowRankSoftmax with inputs of its own"),
-            (ProductQuantizedSoftmax(8, 40), "full softmax, got ProductQuantizedSoftmax"),
+            (ProductQuantizedSoftmax(8, 40), "hidden_size=8 a word, got ProductQuantizedSoftmax"),
         ],
         ids=["tails", "projected", "coded"],
     )

@@ -85,7 +85,9 @@ def test_every_exported_head_takes_part_by_its_class_name() -> None:
     concrete = [
         cls.__name__
         for cls in exported
-        if issubclass(cls, heads.OutputHead) and cls is not heads.OutputHead
+        if isinstance(cls, type)
+        and issubclass(cls, heads.OutputHead)
+        and cls is not heads.OutputHead
     ]
     assert [str(spec) for spec in default_specs()] == concrete
     entries, _ = line_up(Problem(3000, 4, 16), default_specs())

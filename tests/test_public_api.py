@@ -24,6 +24,7 @@ PUBLIC = {
     ],
     "lm_softmax.kernels": [
         "Clusters",
+        "Draws",
         "Mixture",
         "Objective",
         "ProductCode",
@@ -35,6 +36,10 @@ PUBLIC = {
         "cluster_nll",
         "code_logits",
         "code_rows",
+        "draw_from_clusters",
+        "draw_from_logits",
+        "draw_from_mixture",
+        "draw_from_table",
         "mixture_loss",
         "mixture_nll",
         "product_dtype",

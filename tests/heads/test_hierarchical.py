@@ -513,7 +513,7 @@ class TestPinning:
     def test_ids_stay_whole_in_low_precision(self):
         head = HierarchicalSoftmax(6, 900).bfloat16()
         types = {name: buffer.dtype for name, buffer in head.named_buffers()}
-        derived = dict.fromkeys(("up", "depth", "order", "slots"), torch.int32)
+        derived = dict.fromkeys(("up", "depth", "order", "slots", "num_leaves"), torch.int32)
         assert types == {"tree": torch.int64, **derived}
 
 

@@ -6,6 +6,7 @@ size of the vocabulary.
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import partial
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -130,14 +131,24 @@ def check_scaling(optimizer: Optimizer, trainer: Trainer) -> None:
         )
 
 
-def any_sparse(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a gradient is sparse."""
-    return any(p.grad is not None and p.grad.is_sparse for p in parameters)
+def any_unusual(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a gradient is sparse, or sharded among processes."""
+    given = [p.grad for p in parameters if p.grad is not None]
+    return any(gradient.is_sparse or _is_sharded(gradient) for gradient in given)
+
+
+def local(gradient: Tensor) -> Tensor:
+    """What this process holds of a gradient; changes of it in place are changes of the gradient."""
+    return cast(Any, gradient).to_local() if _is_sharded(gradient) else gradient
+
+
+def _is_sharded(gradient: Tensor) -> bool:
+    return hasattr(gradient, "device_mesh")  # a DTensor, which not every build of torch has
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: str) -> None:
-    """Clip gradients of which any may be sparse, in place.
+    """Clip gradients of which any may be sparse or sharded, in place.
 
     Equals `nn.utils.clip_grad_norm_` or `nn.utils.clip_grad_value_` on the dense ones. Sparse ones
     are coalesced first, for a row that occurs twice is one row of their sum; the norm is taken in
@@ -153,29 +164,56 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: 
     """
     if not limit >= 0:
         raise ValueError(f"the limit of clipped gradients must be at least 0, got {limit}")
-    values = []
+    values, shares = [], []
     for parameter in parameters:
         if (gradient := parameter.grad) is None:
             continue
         if gradient.is_sparse and not gradient.is_coalesced():
             parameter.grad = gradient = gradient.coalesce()
-        values.append(gradient._values() if gradient.is_sparse else gradient)  # no copy
+        values.append(gradient._values() if gradient.is_sparse else local(gradient))  # no copy
+        shares.append(_shared_by(gradient))
     if algorithm == "value":
         for value in values:
             value.clamp_(-limit, limit)
     elif values:
-        scale = (limit / (_norm(values) + 1e-6)).clamp(max=1.0)
+        scale = (limit / (_norm(values, shares) + 1e-6)).clamp(max=1.0)
         for value in values:
             value.mul_(scale.to(value.device))
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all tensors as one vector, in float32 or better."""
+def _norm(tensors: list[Tensor], shares: list[tuple[Any, ...]]) -> Tensor:
+    """Euclidean norm of all tensors as one vector, in float32 or better.
+
+    Args:
+        tensors: What this process holds.
+        shares: The process groups over which each is sharded.
+    """
     norms = [
         torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
         for tensor in tensors
     ]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    of_groups: list[Tensor] = []
+    for groups in dict.fromkeys(shares):
+        alike = [norm for norm, own in zip(norms, shares, strict=True) if own == groups]
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(alike[0].device) for norm in alike]))
+        for group in groups:
+            squares = norm.double().square()
+            torch.distributed.all_reduce(squares, group=group)
+            norm = squares.sqrt().to(norm.dtype)
+        of_groups.append(norm.to(norms[0].device))
+    return torch.linalg.vector_norm(torch.stack(of_groups))
+
+
+def _shared_by(gradient: Tensor) -> tuple[Any, ...]:
+    """The process groups of the dimensions of a mesh that a gradient is sharded over."""
+    if not _is_sharded(gradient):
+        return ()
+    placed = cast(Any, gradient)
+    return tuple(
+        placed.device_mesh.get_group(dim)
+        for dim, placement in enumerate(placed.placements)
+        if not placement.is_replicate()
+    )
 
 
 def _uses(

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lm_softmax import factory, gradients
+from lm_softmax import factory, gradients, parallel
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 from lm_softmax.metrics import Perplexity
@@ -133,9 +133,23 @@ class LanguageModel(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Makes the strategy expect sparse gradients, before it wraps the model."""
+        """Makes the strategy expect sparse gradients, before it wraps the model.
+
+        Raises:
+            ValueError: If the strategy cannot train this model.
+        """
+        parallel.check(self.head, self.encoder, self.trainer)
         if stage == "fit":
             gradients.prepare(self, self.trainer.strategy)
+
+    def configure_model(self) -> None:
+        """Deals the parameters to the devices of a `ModelParallelStrategy`."""
+        if self.device_mesh is not None:
+            parallel.shard(self, self.device_mesh)
+
+    def on_fit_start(self) -> None:
+        """Random numbers of its own for each replica of several."""
+        parallel.seed(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule for each step."""
@@ -170,14 +184,13 @@ class LanguageModel(LightningModule):
         targets = (batch.target != self.head.ignore_index).sum()
         positions = loss.new_full((), batch.target.numel())
         total = torch.stack([loss.detach(), targets.to(loss.dtype), positions])
-        if self.trainer.world_size > 1:
-            total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum"))
+        total = parallel.summed(total, self.trainer)
         self._window.append(total)
         since, nats = self._unchecked or (self.global_step, 0.0)
         self._unchecked = since, nats + total[0]
         self._log_loss()
         divisor = self._window[0][2 if self.trainer.accumulate_grad_batches > 1 else 1]
-        scale = self.trainer.world_size / divisor.clamp(min=1)
+        scale = parallel.Replica.of(self.trainer).size / divisor.clamp(min=1)
         return {"loss": loss * scale, "nats": total[0], "targets": total[1]}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -188,7 +201,7 @@ class LanguageModel(LightningModule):
             scale = divisor * accumulated / targets
             for parameter in self.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+                    gradients.local(parameter.grad).mul_(scale)
         self._window.clear()
 
     def configure_gradient_clipping(
@@ -197,9 +210,9 @@ class LanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips sparse gradients as well, which Lightning does not."""
+        """Clips sparse and sharded gradients as well, which Lightning does not."""
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
-        if not gradients.any_sparse(parameters):
+        if not gradients.any_unusual(parameters):
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
@@ -264,7 +277,8 @@ class LanguageModel(LightningModule):
         """
         self._stop_at_nan()
         spec = self.hparams["requested"]["head"]
-        if factory.find_class(spec["class_path"], OutputHead, "head") is not type(self.head):
+        expected = cast(type, factory.find_class(spec["class_path"], OutputHead, "head"))
+        if not isinstance(self.head, expected):  # sharded heads are of a subclass
             raise ValueError(
                 f"the head is a {type(self.head).__name__} now, but the model was made with"
                 f" {spec['class_path']}: make a LanguageModel with the head it is to have"
@@ -316,6 +330,8 @@ class LanguageModel(LightningModule):
                     f"{len(vocab)} tokens there, {len(self.vocab)} here, or in another order"
                 )
         here = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        if "state_dict" not in checkpoint:  # a `ModelParallelStrategy` has loaded it already
+            return
         there = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if here != there:
             options = factory.differences(_options(theirs), _options(self.hparams))

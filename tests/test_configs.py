@@ -1,5 +1,10 @@
 """Every configuration that is shipped parses, builds its model and takes steps on a tiny text."""
 
+import csv
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +14,16 @@ import yaml
 from lm_softmax import cli, factory
 from lm_softmax.cli.command import FIT_CALLBACKS
 from lm_softmax.heads import OutputHead
+from lm_softmax.module import LanguageModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS / "head").glob("*.yaml"))
+PARALLEL = {  # overlay: what makes it one for two processes
+    "ddp": [],
+    "fsdp2": ["--trainer.strategy.data_parallel_size=2"],
+    "vocab_parallel": [],
+}
 
 
 @pytest.fixture
@@ -82,6 +93,42 @@ def test_head_overlay_is_complete(overlay):
     defaults = factory.complete(bare, OutputHead, "head")["init_args"]
     ours = {"ignore_index", "label_smoothing"} - set(head["init_args"])  # no choice of a run
     assert head["init_args"] == {key: value for key, value in defaults.items() if key not in ours}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo needs POSIX")
+def test_parallel_overlays_train_on_two_processes(tiny):
+    assert sorted(path.stem for path in (CONFIGS / "parallel").glob("*.yaml")) == sorted(PARALLEL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = []
+    for overlay, options in PARALLEL.items():
+        configs = [CONFIGS / "quickstart.yaml", CONFIGS / "parallel" / f"{overlay}.yaml"]
+        words = [word for config in configs for word in ("-c", str(config))]
+        words += [*tiny[:-1], overlay, *options, "--trainer.devices=2"]
+        words += [f"--model.encoder.{kind}_dropout=0" for kind in ("input", "output")]
+        commands.append(["fit", *words])
+    program = f"from lm_softmax.cli import main\nfor words in {commands}: main(words)"
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=environment | {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    perplexities = []
+    for overlay in PARALLEL:
+        found = LanguageModel.load_from_checkpoint(f"{overlay}/checkpoints/last.ckpt")
+        assert found.head.sample(torch.zeros(1, found.head.hidden_size)).shape == (1, 1)
+        rows = csv.DictReader(Path(overlay, "metrics.csv").read_text().splitlines())
+        perplexities += [float(row["val/ppl"]) for row in rows if row["val/ppl"]]
+    # the same steps, however the model is dealt
+    assert perplexities == pytest.approx([perplexities[0]] * len(PARALLEL), rel=1e-4)
 
 
 def test_every_callback_is_there_by_default():

@@ -139,8 +139,8 @@ def test_parameters_without_gradients_are_left_alone():
     for algorithm in ("norm", "value"):
         gradients.clip_gradients(parameters, 1.0, algorithm)
     assert parameters[0].grad is None
-    assert not gradients.any_sparse(parameters)
-    assert gradients.any_sparse([*parameters, *holding(rows([1], (3,)))])
+    assert not gradients.any_unusual(parameters)
+    assert gradients.any_unusual([*parameters, *holding(rows([1], (3,)))])
 
 
 class SparseBias(nn.Module):

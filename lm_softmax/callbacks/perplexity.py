@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lm_softmax.callbacks.log_steps import LogSteps, ever_logs, on_host
+from lm_softmax.parallel import summed
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class PerplexityMonitor(pl.Callback):
         limit = getattr(trainer, f"limit_{stage}_batches")
         if isinstance(limit, float) and limit == 1.0:  # 1 is a single batch
             return True
-        counted = int(trainer.strategy.reduce(count.clone(), reduce_op="sum"))
+        counted = int(summed(count.clone(), trainer))
         if counted != num_tokens and trainer.is_global_zero and not self._warned:
             self._warned = True
             log.warning(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lm_softmax.callbacks.log_steps import LogSteps, ever_logs, on_host
+from lm_softmax.parallel import Replica
 
 MAX_UNREAD_STEPS = 1000  # of a trainer that never logs: each holds events on CUDA
 
@@ -219,7 +220,8 @@ class StepTimeMonitor(pl.Callback):
     ) -> None:
         """Marks the end of a batch and logs when the trainer does."""
         ends_step = self._log_steps.ended_step(trainer)
-        self._clock.end_batch(batch.target.numel() * trainer.world_size, ends_step=ends_step)
+        positions = batch.target.numel() * Replica.of(trainer).size
+        self._clock.end_batch(positions, ends_step=ends_step)
         if not ends_step:
             return
         self._num_steps += 1

@@ -17,6 +17,7 @@ __all__ = ["TrainCLI", "main"]
 IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # batches are slices of a memory-mapped file
     r".*isinstance.treespec, LeafSpec",  # Lightning on a newer torch
+    r"FSDP2-wrapped module .* returned a view tensor",  # nothing here changes one in place
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
     r".*ModelCheckpoint.monitor='val/ppl'.. could not find",  # no validation yet
     r"Experiment logs directory .* exists and is not empty",  # its rows are kept

@@ -24,6 +24,7 @@ from lm_softmax.cli.predictions import NUM_TOKENS, PredictionWriter
 from lm_softmax.cli.run_folder import RunFolder
 from lm_softmax.data import TextDataModule
 from lm_softmax.module import LanguageModel
+from lm_softmax.parallel import check_sizes
 from lm_softmax.vocab import Vocab
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -214,9 +215,11 @@ class TrainCLI(LightningCLI):
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = os.path.abspath(self.folder.path / "checkpoints")
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            made = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except RuntimeError as error:  # Lightning's way to refuse some combinations of options
             raise ValueError(str(error)) from error
+        check_sizes(made.strategy)
+        return made
 
     def fit(self, **options: Any) -> None:
         """Trains, and closes with what came of it; a run that does no step leaves no folder."""

@@ -15,6 +15,7 @@ from lm_softmax.data.batching import (
     TokenBatches,
 )
 from lm_softmax.kernels import warm_up
+from lm_softmax.parallel import Replica
 from lm_softmax.vocab import Vocab
 
 
@@ -140,7 +141,7 @@ class TextDataModule(LightningDataModule):
     def _shape(self, option: str, rows: int) -> dict[str, int]:
         rank, world_size = 0, 1
         if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            rank, world_size = Replica.of(self.trainer)
         if rows % world_size:
             raise ValueError(
                 f"{option}={rows} rows cannot be shared evenly by {world_size} processes: make it"

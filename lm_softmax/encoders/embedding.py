@@ -1,7 +1,7 @@
 """Token embeddings: one width for all words, or less of it for rare ones."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +43,10 @@ class WordEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Draw every row anew."""
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+    def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding"]:
+        """Embeddings of ids of any shape; an id outside `[0, vocab_size)` is an `IndexError`."""
+        return look_up(self.weight, tokens, sparse=self.sparse)
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -134,7 +138,7 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding"]:
         """Embeddings of ids of any shape; an id outside `[0, vocab_size)` is an `IndexError`."""
         if not self.cutoffs:
-            return nn.functional.embedding(tokens, self.weight, sparse=self.sparse)
+            return look_up(self.weight, tokens, sparse=self.sparse)
         rows = []
         for table, begin, end in zip(
             self.tail_weights, self.cutoffs, [*self.cutoffs[1:], None], strict=True
@@ -143,12 +147,12 @@ class AdaptiveEmbedding(nn.Module):
             if end is not None:  # ids past the vocabulary stay in the last tail, which refuses them
                 inside &= tokens < end
             rows.append(self._masked_rows(table, tokens - begin, inside))
-        projected = torch.cat(rows, -1) @ torch.cat(tuple(self.projections))
+        projected = torch.cat(rows, -1) @ torch.cat([_own(part) for part in self.projections])
         return self._masked_rows(self.weight, tokens, tokens < self.cutoffs[0]) + projected
 
     def _masked_rows(self, table: Tensor, rows: Tensor, inside: Tensor) -> Tensor:
         """`table[rows]` where `inside`, and zeros elsewhere."""
-        found = nn.functional.embedding(torch.where(inside, rows, 0), table, sparse=self.sparse)
+        found = look_up(table, torch.where(inside, rows, 0), sparse=self.sparse)
         return torch.where(inside.unsqueeze(-1), found, 0.0)
 
     def sparse_parameters(self) -> list[nn.Parameter]:
@@ -165,3 +169,34 @@ class AdaptiveEmbedding(nn.Module):
             f"{self.num_embeddings}, {self.embedding_size}, cutoffs={self.cutoffs},"
             f" tail_sizes={self.tail_sizes}{', sparse=True' if self.sparse else ''}"
         )
+
+
+def look_up(table: Tensor, rows: Tensor, *, sparse: bool = False) -> Tensor:
+    """`F.embedding(rows, table)`, also of a table whose rows are dealt to several processes.
+
+    Those all look up the same rows, and each adds the ones that it holds.
+    """
+    if not _is_dealt(table):
+        return nn.functional.embedding(rows, table, sparse=sparse)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placed, own = cast(DTensor, table), _own(table)
+    if rows.is_cpu and ((rows < 0) | (rows >= len(table))).any():
+        raise IndexError(f"ids must be in [0, {len(table)})")
+    most = -(-len(table) // placed.device_mesh.size())
+    place = rows - placed.device_mesh.get_local_rank() * most
+    inside = (place >= 0) & (place < len(own))
+    padded = own if len(own) else torch.cat([own, own.new_zeros(1, own.shape[1])])
+    found = nn.functional.embedding(torch.where(inside, place, 0), padded)
+    found = torch.where(inside.unsqueeze(-1), found, 0.0)
+    shared = DTensor.from_local(found, placed.device_mesh, [Partial()], run_check=False)
+    return cast(Any, shared).full_tensor(grad_placements=[Replicate()])
+
+
+def _is_dealt(table: Tensor) -> bool:
+    return hasattr(table, "device_mesh")  # a DTensor, which not every build of torch has
+
+
+def _own(table: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return cast(Any, table).to_local() if _is_dealt(table) else table

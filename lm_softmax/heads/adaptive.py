@@ -102,13 +102,13 @@ class AdaptiveSoftmax(ClusteredHead):
         if bias:
             self.bias = nn.Parameter(torch.zeros(borders[0] + len(num_words)))
             self.tail_biases = nn.ParameterList(torch.zeros(words) for words in num_words)
-            if counts is not None:
-                self._start_biases_at(log_frequencies(counts))
+        if counts is not None:
+            self._start_biases_at(log_frequencies(counts))
 
     def _start_biases_at(self, log_probs: Tensor) -> None:
         """Without hidden, the head then gives these log-probabilities."""
-        assert self.bias is not None
-        assert self.tail_biases is not None
+        if self.bias is None or self.tail_biases is None:
+            return
         short_list, *tails = log_probs.tensor_split(self.cutoffs)
         masses = [tail.logsumexp(0, keepdim=True) for tail in tails]
         self.bias.data.copy_(torch.cat([short_list, *masses]))

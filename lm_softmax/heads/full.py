@@ -54,8 +54,13 @@ class FullSoftmax(ClusteredHead):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.uniform_(self.weight, -(hidden_size**-0.5), hidden_size**-0.5)
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
-        if self.bias is not None and counts is not None:
-            self.bias.data.copy_(log_frequencies(counts))
+        if counts is not None:
+            self._start_biases_at(log_frequencies(counts))
+
+    def _start_biases_at(self, log_probs: Tensor) -> None:
+        """Without hidden, the head then gives these log-probabilities."""
+        if self.bias is not None:
+            self.bias.data.copy_(log_probs)
 
     def clusters(self) -> Clusters:
         """One cluster: the short-list is the vocabulary."""

@@ -60,6 +60,11 @@ class Clusters(NamedTuple):
             tails.append(Tail(projection, of_words[0], of_words[1] if has_bias else None))
         return cls(weight, cluster_weight, bias, tails)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Number of words of the short-list and of each tail."""
+        return [self.weight.shape[0], *(tail.weight.shape[0] for tail in self.tails)]
+
     def head_matrix(self) -> Matrix:
         """The softmax over the short-list and the cluster words."""
         if self.cluster_weight is None:
@@ -67,7 +72,7 @@ class Clusters(NamedTuple):
         return Matrix([self.weight, self.cluster_weight], self.bias)
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """Tokens sorted by cluster."""
 
     tokens: Tensor  # their positions, (kept,)
@@ -77,9 +82,8 @@ class _Order(NamedTuple):
     tail_targets: list[Tensor]  # of each tail, relative to its first word
 
 
-def _sort(hidden: Tensor, target: Tensor, clusters: Clusters, ignored: Tensor) -> _Order:
+def sort_by_cluster(hidden: Tensor, target: Tensor, sizes: Sequence[int], ignored: Tensor) -> Order:
     """Order of the tokens that count, by one sort and one host synchronisation."""
-    sizes = [clusters.weight.shape[0], *(tail.weight.shape[0] for tail in clusters.tails)]
     *starts, _ = accumulate(sizes)
     cluster = torch.zeros_like(target)
     for start in starts:  # a tensor of them would be a copy to the device that the host waits for
@@ -92,7 +96,7 @@ def _sort(hidden: Tensor, target: Tensor, clusters: Clusters, ignored: Tensor) -
     slices = [slice(start, end) for start, end in pairwise(ends)]
     relative = [wanted[part] - start for part, start in zip(slices, starts, strict=True)]
     wanted = torch.where(cluster == 0, wanted, sizes[0] - 1 + cluster)
-    return _Order(tokens, hidden[tokens], wanted, slices, relative)
+    return Order(tokens, hidden[tokens], wanted, slices, relative)
 
 
 def clustered_losses(
@@ -108,7 +112,7 @@ def clustered_losses(
     """Loss of each token; `buffers` (hidden, then `Clusters.flatten`) get the gradients."""
     ignored = target == ignore_index
     if clusters.tails or reads_are_cheap(target):
-        order = _sort(hidden, target, clusters, ignored)
+        order = sort_by_cluster(hidden, target, clusters.sizes, ignored)
         scale = None if scale is None else scale[order.tokens]
         losses = _sorted_losses(order, scale, clusters, dtype, objective, buffers)
         return losses.new_zeros(target.shape).index_copy_(0, order.tokens, losses)
@@ -136,7 +140,7 @@ def _gradients(slots: Iterator[Tensor | None], hidden: Tensor | None, matrix: Ma
 
 
 def _sorted_losses(
-    order: _Order,
+    order: Order,
     scale: Tensor | None,
     clusters: Clusters,
     dtype: torch.dtype,
@@ -159,16 +163,16 @@ def _sorted_losses(
     )
     for tail, part, target in zip(clusters.tails, order.slices, order.tail_targets, strict=True):
         inputs = order.hidden[part]
-        projected = _projected(inputs, tail.projection, dtype)
+        narrow = projected(inputs, tail.projection, dtype)
         matrix = Matrix([tail.weight], tail.bias)
         of_projection = None if tail.projection is None else next(slots, None)
         of_projected, gradients = None, None
         if of_projection is not None or sorted_hidden is not None:
-            of_projected = losses.new_empty(projected.shape)
+            of_projected = losses.new_empty(narrow.shape)
         if buffers:
             gradients = _gradients(slots, of_projected, matrix)
         losses[part] += dense_pass(
-            projected,
+            narrow,
             matrix,
             target,
             objective,
@@ -188,7 +192,8 @@ def _sorted_losses(
     return losses
 
 
-def _projected(inputs: Tensor, projection: Tensor | None, dtype: torch.dtype) -> Tensor:
+def projected(inputs: Tensor, projection: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the words of a tail are multiplied with."""
     if projection is None:
         return inputs.to(dtype)
     return inputs.to(dtype) @ projection.to(dtype).t()

@@ -102,7 +102,7 @@ def test_numbers_in_files_without_types_are_text(tmp_path):
     for value in ("[1]", '{"a": 1}', "true"):
         (tmp_path / "b.json").write_text(f'{{"text": {value}}}\n')
         listed = Source(data_files={"train": str(tmp_path / "b.json")})
-        complaint(lambda listed=listed: listed.rows("train"), "holds", "not text")
+        complaint(lambda listed=listed: text(listed, "train"), "holds", "not text")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json"])
@@ -322,7 +322,7 @@ def test_a_file_that_ends_within_a_character(tmp_path):
 
 def test_a_binary_column_that_is_not_utf8(tmp_path):
     broken = pa.array([b"fine", b"\xff"]).view(pa.string())
-    found = rows.Rows(pa.chunked_array([broken]), "", "column 'text'", lambda: [])
+    found = rows.Rows(lambda: [broken], 1, "", "column 'text'", lambda: [])
     complaint(lambda: [*found.batches(10)], "column 'text' is not UTF-8")
 
 
@@ -332,8 +332,8 @@ def test_a_binary_column_that_is_not_utf8(tmp_path):
     st.integers(1, 40),
 )
 def test_batches_are_whole_rows_of_bounded_size(chunks, max_bytes):
-    column = pa.chunked_array([pa.array(chunk, pa.string()) for chunk in chunks], pa.string())
-    batches = [*rows.Rows(column, "", "", lambda: []).batches(max_bytes)]
+    pieces = [pa.array(chunk, pa.string()) for chunk in chunks]
+    batches = [*rows.Rows(lambda: pieces, None, "", "", lambda: []).batches(max_bytes)]
     whole = [row for chunk in chunks for row in chunk if row is not None]
     assert [row for batch in batches for row in batch.to_pylist()] == whole
     longest = max((len(row.encode()) for row in whole), default=0)

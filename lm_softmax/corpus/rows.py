@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 from lm_softmax.vocab import one_line
 
 COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})
+ROWS_AT_ONCE = 1000  # of a file that is read
 BINARY = COMPRESSED | {".parquet", ".arrow"}
 
 
@@ -22,14 +24,17 @@ class Rows:
     """The rows of text of one split.
 
     Attributes:
-        column: Text of the rows, memory-mapped.
+        pieces: Reads them from the first on, in arrays of bounded size; not from mapped files, whose
+            pages would count as memory of this process.
+        num_rows: How many there are, missing ones among them; None where nobody knows.
         fingerprint: Changes with the contents; for files here, with their names, sizes, places on
             the disk and times of change.
         described: What to call it in messages.
         files: The local files that the rows may come from.
     """
 
-    column: pa.ChunkedArray
+    pieces: Callable[[], Iterable[pa.Array]]
+    num_rows: int | None
     fingerprint: str
     described: str
     files: Callable[[], Iterable[Path]]
@@ -52,7 +57,7 @@ class Rows:
             yield pa.concat_arrays(pending)
 
     def _pieces(self, max_bytes: int) -> Iterator[pa.Array]:
-        for chunk in self.column.chunks:
+        for chunk in self.pieces():
             rows = chunk.drop_null().cast(pa.large_string())
             if len(rows) == 0:
                 continue
@@ -67,6 +72,24 @@ class Rows:
             edges = [0, *np.unique(cuts[cuts < len(rows)]).tolist(), len(rows)]
             for begin, end in pairwise(edges):
                 yield rows[begin:end]
+
+
+def read_column(data: datasets.Dataset, name: str, begin: int, end: int) -> Iterator[pa.Array]:
+    """The rows from `begin` to `end` of a column, from the files that `datasets` made, if any."""
+    files = [file["filename"] for file in data.cache_files]
+    if not files:
+        yield from data.data.column(name).slice(begin, end - begin).chunks
+        return
+    at = 0  # the first row of the next batch
+    for file in files:
+        with pa.OSFile(file) as stream:
+            for batch in pa.ipc.open_stream(stream):
+                first, last = max(begin - at, 0), min(end - at, len(batch))
+                at += len(batch)
+                if first < last:
+                    yield batch.column(name)[first:last]
+                if at >= end:
+                    return
 
 
 def not_utf8(files: Iterable[Path]) -> str | None:

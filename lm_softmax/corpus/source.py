@@ -18,10 +18,11 @@ import pandas  # type: ignore[import-untyped]
 import pyarrow as pa
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.packaged_modules.csv.csv import CsvConfig
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from datasets.packaged_modules.text.text import TextConfig
 from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
 
-from lm_softmax.corpus.rows import COMPRESSED, Rows, not_utf8
+from lm_softmax.corpus.rows import COMPRESSED, ROWS_AT_ONCE, Rows, not_utf8, read_column
 from lm_softmax.corpus.stdlib import NAME as STDLIB
 from lm_softmax.corpus.stdlib import read_stdlib
 from lm_softmax.vocab import hub_reachable, is_hub_id, one_line
@@ -74,18 +75,23 @@ class Source:
                 f"{self._described} has no split {split!r}, only {', '.join(self._splits)}:"
                 f" name files for it in data_files{hint}"
             )
-        data = self._splits[split]
+        data, begin, end = self._splits[split]
         what = f"column {self.text_column!r} of split {split!r} of {self._described}"
         if self.text_column not in data.column_names:
             raise ValueError(f"no {what}: its columns are {', '.join(data.column_names)}")
-        column = data.data.column(self.text_column)
-        if isinstance(data.features[self.text_column], datasets.Json):
-            column = _plain(column, what)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise ValueError(f"{what} holds {column.type}, not text")
+        feature = data.features[self.text_column]
+        if not (_is_text(feature) or isinstance(feature, datasets.Json)):
+            raise ValueError(f"{what} holds {_named(feature)}, not text")
+        column = data.data.column(self.text_column).slice(begin, end - begin)
         if len(column) == column.null_count:
             raise ValueError(f"{what} is empty")
-        return Rows(column, f"{data._fingerprint} {self.text_column}", what, self._local_files)
+
+        def pieces() -> Iterator[pa.Array]:
+            for piece in read_column(data, self.text_column, begin, end):
+                yield _plain(piece, what) if isinstance(feature, datasets.Json) else piece
+
+        fingerprint = f"{data._fingerprint} {begin} {end} {self.text_column}"
+        return Rows(pieces, end - begin, fingerprint, what, self._local_files)
 
     @property
     def _described(self) -> str:
@@ -94,11 +100,13 @@ class Source:
         return f"corpus {self.path!r}" + (f" ({self.name})" if self.name else "")
 
     @cached_property
-    def _splits(self) -> dict[str, datasets.Dataset]:
+    def _splits(self) -> dict[str, tuple[datasets.Dataset, int, int]]:
+        """The dataset of each split, and its first and last rows there."""
         if self.path == STDLIB and self.data_files is None:
-            splits = {split: _in_memory(rows) for split, rows in read_stdlib().items()}
+            loaded = {split: _in_memory(rows) for split, rows in read_stdlib().items()}
         else:
-            splits = dict(self._load())
+            loaded = dict(self._load())
+        splits = {split: (data, 0, len(data)) for split, data in loaded.items()}
         if not self.validation_fraction:
             return splits
         if "validation" in splits or "train" not in splits:
@@ -106,7 +114,7 @@ class Source:
                 f"validation_fraction={self.validation_fraction}, but {self._described} has the"
                 f" splits {', '.join(splits)}: leave it at 0"
             )
-        train = splits["train"]
+        train = loaded["train"]
         held_out = max(1, round(len(train) * self.validation_fraction))
         if held_out >= len(train):
             raise ValueError(
@@ -114,8 +122,8 @@ class Source:
                 f" {len(train)} rows of train of {self._described}"
             )
         border = len(train) - held_out
-        splits["train"] = train.select(range(border))
-        splits["validation"] = train.select(range(border, len(train)))
+        splits["train"] = train, 0, border
+        splits["validation"] = train, border, len(train)
         return splits
 
     def _load(self) -> Mapping[str, datasets.Dataset]:
@@ -236,6 +244,8 @@ def _as_text(config: datasets.BuilderConfig) -> dict[str, Any]:
     """Options that keep a builder from taking text for something else."""
     if isinstance(config, TextConfig) and config.encoding == "utf-8":
         return {"encoding": "utf-8-sig"}  # a byte order mark is no text
+    if isinstance(config, ParquetConfig) and config.batch_size is None:
+        return {"batch_size": ROWS_AT_ONCE}  # else a whole row group is in memory, of any size
     if isinstance(config, CsvConfig) and config.features is None and config.data_files:
         first = next(iter(config.data_files.values()))[0]
         header = config.pd_read_csv_kwargs | {"nrows": 0, "chunksize": None}
@@ -249,8 +259,12 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _plain(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
-    """Strings of a column of JSON values: strings as they are, numbers as they are written."""
+def _named(feature: Any) -> str:
+    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+
+
+def _plain(piece: pa.Array, what: str) -> pa.Array:
+    """Strings of an array of JSON values: strings as they are, numbers as they are written."""
 
     def plain(value: str | None) -> str | None:
         loaded = None if value is None else json.loads(value)
@@ -258,11 +272,7 @@ def _plain(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
             raise ValueError(f"{what} holds {one_line(ValueError(value))}, not text")
         return loaded if loaded is None or isinstance(loaded, str) else value
 
-    chunks = [
-        pa.array(map(plain, chunk.cast(pa.large_string()).to_pylist()), pa.large_string())
-        for chunk in column.chunks
-    ]
-    return pa.chunked_array(chunks, pa.large_string())
+    return pa.array(map(plain, piece.cast(pa.large_string()).to_pylist()), pa.large_string())
 
 
 def _in_memory(rows: list[str]) -> datasets.Dataset:

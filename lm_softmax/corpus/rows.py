@@ -58,20 +58,30 @@ class Rows:
 
     def _pieces(self, max_bytes: int) -> Iterator[pa.Array]:
         for chunk in self.pieces():
-            rows = chunk.drop_null().cast(pa.large_string())
+            rows = valid_text(chunk, self.described, self.files)
             if len(rows) == 0:
                 continue
-            try:
-                rows.validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise ValueError(
-                    not_utf8(self.files()) or f"{self.described} is not UTF-8: {one_line(error)}"
-                ) from error
             ends = np.cumsum(pc.binary_length(rows).to_numpy())
             cuts = np.searchsorted(ends, np.arange(max_bytes, ends[-1], max_bytes)) + 1
             edges = [0, *np.unique(cuts[cuts < len(rows)]).tolist(), len(rows)]
             for begin, end in pairwise(edges):
                 yield rows[begin:end]
+
+
+def valid_text(piece: pa.Array, described: str, files: Callable[[], Iterable[Path]]) -> pa.Array:
+    """A `large_string` array of what there is in a piece.
+
+    Raises:
+        ValueError: If it is not UTF-8; with the first of the files that is not, if one is to blame.
+    """
+    rows = piece.drop_null().cast(pa.large_string())
+    try:
+        rows.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            not_utf8(files()) or f"{described} is not UTF-8: {one_line(error)}"
+        ) from error
+    return rows
 
 
 def read_column(data: datasets.Dataset, name: str, begin: int, end: int) -> Iterator[pa.Array]:

@@ -25,6 +25,7 @@ from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
 from lm_softmax.corpus.rows import COMPRESSED, ROWS_AT_ONCE, Rows, not_utf8, read_column
 from lm_softmax.corpus.stdlib import NAME as STDLIB
 from lm_softmax.corpus.stdlib import read_stdlib
+from lm_softmax.corpus.stream import Stream
 from lm_softmax.vocab import hub_reachable, is_hub_id, one_line
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -47,6 +48,7 @@ class Source:
         text_column: Column that holds the text.
         validation_fraction: Share of the rows of train, its last ones, that become validation in
             a corpus that has no such split; 0 for none.
+        streaming: Read the corpus as it comes, and keep no copy of it.
     """
 
     path: str = STDLIB
@@ -54,6 +56,7 @@ class Source:
     data_files: Mapping[str, str | Sequence[str]] | None = None
     text_column: str = "text"
     validation_fraction: float = 0.0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -62,6 +65,13 @@ class Source:
             raise ValueError(f"validation_fraction={self.validation_fraction} is not in [0, 1)")
         if self.name is not None and self.path == STDLIB:
             raise ValueError(f"name={self.name!r} needs the path of a dataset that has such a part")
+        if self.streaming and self.validation_fraction:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction}, but nobody knows the number of"
+                " rows of a stream: leave it at 0 and name a file for validation in data_files"
+            )
+        if self.streaming and self.path == STDLIB and self.data_files is None:
+            raise ValueError(f"streaming=true, but {STDLIB!r} is on this machine: set it to false")
 
     def rows(self, split: str) -> Rows:
         """The rows of a split.
@@ -69,14 +79,11 @@ class Source:
         Raises:
             ValueError: If the corpus cannot be read, or lacks the split or the column.
         """
-        if split not in self._splits:
-            hint = ", or set validation_fraction" if split == "validation" else ""
-            raise ValueError(
-                f"{self._described} has no split {split!r}, only {', '.join(self._splits)}:"
-                f" name files for it in data_files{hint}"
-            )
+        if self.streaming:
+            return self.stream(split).rows()
+        self._check_split(split, self._splits)
         data, begin, end = self._splits[split]
-        what = f"column {self.text_column!r} of split {split!r} of {self._described}"
+        what = self._column_of(split)
         if self.text_column not in data.column_names:
             raise ValueError(f"no {what}: its columns are {', '.join(data.column_names)}")
         feature = data.features[self.text_column]
@@ -92,6 +99,35 @@ class Source:
 
         fingerprint = f"{data._fingerprint} {begin} {end} {self.text_column}"
         return Rows(pieces, end - begin, fingerprint, what, self._local_files)
+
+    def stream(self, split: str) -> Stream:
+        """The rows of a split as a stream of shards.
+
+        Raises:
+            ValueError: If the corpus cannot be read, or lacks the split or the column.
+        """
+        splits, fingerprint = self._streams
+        self._check_split(split, splits)
+        return Stream(
+            splits[split],
+            self.text_column,
+            f"{fingerprint} {split} {self.text_column}",
+            self._column_of(split),
+            self._local_files,
+            self._failure,
+        )
+
+    def _check_split(self, split: str, splits: Iterable[str]) -> None:
+        if split not in splits:
+            held_out = split == "validation" and not self.streaming
+            hint = ", or set validation_fraction" if held_out else ""
+            raise ValueError(
+                f"{self._described} has no split {split!r}, only {', '.join(splits)}:"
+                f" name files for it in data_files{hint}"
+            )
+
+    def _column_of(self, split: str) -> str:
+        return f"column {self.text_column!r} of split {split!r} of {self._described}"
 
     @property
     def _described(self) -> str:
@@ -127,6 +163,33 @@ class Source:
         return splits
 
     def _load(self) -> Mapping[str, datasets.Dataset]:
+        with self._ready() as (path, given, here):
+            if not here:
+                return datasets.load_dataset(path, **given)
+            splits = datasets.load_dataset(path, **given)
+            data = next(iter(splits.values()))
+            feature = data.features.get(self.text_column)
+            if data.info.builder_name != "json" or feature is None or _is_text(feature):
+                return splits
+            # the parser makes numbers and dates of strings, save where all is to stay JSON
+            features = data.features | {self.text_column: datasets.Json()}
+            return datasets.load_dataset(path, **given, features=datasets.Features(features))
+
+    @cached_property
+    def _streams(self) -> tuple[dict[str, datasets.IterableDataset], str]:
+        """The stream of each split, and what changes with their contents."""
+        with self._ready() as (path, given, here):
+            config = datasets.load_dataset_builder(path, **given).config
+            # addresses of files on the hub contain their revision
+            named = (config.data_files or {}).items()
+            files = {str(split): [*map(str, names)] for split, names in named}
+            contents = json.dumps([files, given.get("description") if here else None])
+            streams = datasets.load_dataset(path, **given, streaming=True)
+            return {str(split): data for split, data in streams.items()}, contents
+
+    @contextmanager
+    def _ready(self) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """What to give `load_dataset`, whether the files are here, and its errors as one line."""
         path, offline = self._located()
         given: dict[str, Any] = {"name": self.name, "data_files": self._files or None}
         here = self.path == STDLIB or self._folder() is not None
@@ -134,19 +197,11 @@ class Source:
             self._check_files()
         try:
             with _quietly(offline):
-                if not here:
-                    return datasets.load_dataset(path, **given)
-                given |= _as_text(datasets.load_dataset_builder(path, **given).config)
-                # the library's own cache goes by names and times of modification alone
-                given["description"] = _stamp(self._local_files())
-                splits = datasets.load_dataset(path, **given)
-                data = next(iter(splits.values()))
-                feature = data.features.get(self.text_column)
-                if data.info.builder_name != "json" or feature is None or _is_text(feature):
-                    return splits
-                # the parser makes numbers and dates of strings, save where all is to stay JSON
-                features = data.features | {self.text_column: datasets.Json()}
-                return datasets.load_dataset(path, **given, features=datasets.Features(features))
+                if here:
+                    given |= _as_text(datasets.load_dataset_builder(path, **given).config)
+                    # the library's own cache goes by names and times of modification alone
+                    given["description"] = _stamp(self._local_files())
+                yield path, given, here
         except Exception as error:  # datasets raises all kinds
             raise ValueError(self._failure(error, offline)) from error
 
@@ -195,7 +250,7 @@ class Source:
             if "://" not in pattern and not self._matching(pattern):
                 raise ValueError(f"no file matches {pattern!r} of data_files")
 
-    def _failure(self, error: Exception, offline: bool) -> str:
+    def _failure(self, error: Exception, offline: bool = False) -> str:
         """What went wrong in `load_dataset`, on one line."""
         cause: BaseException = error
         while cause.__cause__ is not None:

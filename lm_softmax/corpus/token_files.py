@@ -90,6 +90,8 @@ class Corpus:
             Nothing is counted then, and train need not exist.
         cache_dir: Folder of the files; the environment variable LM_SOFTMAX_CACHE or
             `~/.cache/lm_softmax` if None.
+        vocab_tokens: Tokens from the beginning of train that a stream's vocabulary is counted from;
+            a copy on this machine is counted as a whole.
         num_proc: Cores that count and encode, all that there are if None; what comes out is the
             same for any number.
     """
@@ -100,6 +102,7 @@ class Corpus:
     min_count: int = 1
     vocab_path: str | None = None
     cache_dir: str | None = None
+    vocab_tokens: int = 10**8
     num_proc: int | None = None
 
     def __post_init__(self) -> None:
@@ -117,6 +120,8 @@ class Corpus:
         tokenizer = load_tokenizer(self.tokenizer)
         rows = self.source.rows("train")
         limits = [self.max_vocab_size, self.min_count]
+        most = self.vocab_tokens if self.source.streaming else 2**63
+        limits += [most] if self.source.streaming else []
         folder = self._folder("vocab", [rows.fingerprint, tokenizer.state_dict(), *limits])
 
         def build(target: Path) -> None:
@@ -128,9 +133,14 @@ class Corpus:
                 symbols = tokenizer.symbols(batch)
                 return Counts.of(symbols), len(symbols)
 
-            size = tokenizer.batch_bytes
-            for _, counts in each_batch(rows, count, size, "counting train", self.num_proc):
+            size, room = tokenizer.batch_bytes, most
+            for batch, counts in each_batch(rows, count, size, "counting train", self.num_proc):
+                if counts.total > room:
+                    counts = Counts.of(tokenizer.symbols(batch)[:room])
                 counter.update(counts)
+                room -= counts.total
+                if room == 0:
+                    break
             Vocab.build(
                 tokenizer,
                 *counter.result(self.max_vocab_size, self.min_count),

@@ -28,6 +28,11 @@ class Counts(NamedTuple):
     symbols: pa.Array
     counts: NDArray[np.int64]
 
+    @property
+    def total(self) -> int:
+        """Occurrences of all of them."""
+        return int(self.counts.sum())
+
     @classmethod
     def of(cls, symbols: pa.Array) -> "Counts":
         """As `collections.Counter(symbols)`."""
@@ -87,7 +92,7 @@ class SymbolCounter:
         left_out, kept = 0, []
         for part in self._parts():
             chosen = _candidates(part, max_symbols, min_count)
-            left_out += int(part.counts.sum() - part.counts[chosen].sum())
+            left_out += part.total - int(part.counts[chosen].sum())
             kept.append(Counts(part.symbols.take(pa.array(chosen)), part.counts[chosen]))
         symbols = pa.concat_arrays([part.symbols for part in kept])
         return symbols, np.concatenate([part.counts for part in kept]), left_out

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_softmax import heads
-from lm_softmax.benchmark import main, memory, peers, text
+from lm_softmax.benchmark import main, memory, peers
+from lm_softmax.benchmark import text as text_pipelines
 from lm_softmax.benchmark.agreement import is_wrong, true_loss
 from lm_softmax.benchmark.command import make_parser
 from lm_softmax.benchmark.contestants import Contestant, Loss, Workshop
@@ -806,13 +807,13 @@ def test_data_command(
 def test_counts_that_differ_are_an_error(
     small_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = text.Peer.counts
-    monkeypatch.setattr(text.Peer, "counts", lambda self: counts(self) | {"w1": 0, "new": 2})
+    counts = text_pipelines.Peer.counts
+    monkeypatch.setattr(text_pipelines.Peer, "counts", lambda self: counts(self) | {"w1": 0, "new": 2})
     with pytest.raises(SystemExit) as caught:
         main(["data", "--path", small_corpus, "--output", str(tmp_path / "out")])
     assert caught.value.code == 2
     assert not (tmp_path / "out").exists()
-    assert text.difference({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 1}) == (
+    assert text_pipelines.difference({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 1}) == (
         "2 of 3 tokens are counted differently: 'b' 2 and 3, 'c' 0 and 1"
     )
-    assert text.difference({"a": 1}, {"a": 1}) == ""
+    assert text_pipelines.difference({"a": 1}, {"a": 1}) == ""

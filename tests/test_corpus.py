@@ -522,7 +522,6 @@ def test_a_given_vocabulary_needs_no_train(tmp_path, corpus, monkeypatch):
     complaint(lambda: missing.vocab, "absent.pt")
 
 
-@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
 def test_any_number_of_cores_makes_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "_LEAST_BYTES", 1)
     lines = [" ".join(f"w{i * j % 97}" for j in range(i % 40)) for i in range(200)]
@@ -546,6 +545,7 @@ def test_an_error_on_a_core_is_the_error(corpus, monkeypatch):
     assert complaint(lambda: corpus.vocab) == "one line"
 
 
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
 def test_what_fails_leaves_nothing_behind(corpus, monkeypatch, stop):
     def encode_rows(self, rows):
         raise stop

@@ -1,6 +1,5 @@
 """The vocabulary against `collections.Counter` and a ranking written with `sorted`."""
 
-import os
 import pickle
 import tempfile
 from collections import Counter
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -94,7 +93,7 @@ def test_counting_in_batches_is_counting(merge_at, batches):
 
 
 @pytest.mark.parametrize("spill_at", [0, 3])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15, phases=[Phase.generate])
 @given(
     st.lists(st.lists(st.one_of(some_symbols, st.text(max_size=2)), max_size=20), max_size=8),
     st.integers(3, 12),
@@ -108,7 +107,6 @@ def test_counts_that_go_to_disk_make_the_same_vocabulary(spill_at, batches, most
             for counter in counters:
                 for batch in batches:
                     counter.update(pa.array(batch, pa.large_string()))
-            spilled = bool(os.listdir(folder))
             limits = {"max_vocab_size": most, "min_count": min_count}
             one, other = (
                 Vocab.build(WHITESPACE, *counter.result(most, min_count), **limits)
@@ -117,7 +115,19 @@ def test_counts_that_go_to_disk_make_the_same_vocabulary(spill_at, batches, most
     finally:
         counting._MERGE_AT = before
     assert one == other
-    assert spilled or len({s for batch in batches for s in batch}) <= max(spill_at, 3)
+
+
+def test_counts_go_to_disk_when_there_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(counting, "_MERGE_AT", 2)
+    counter = SymbolCounter(tmp_path, spill_at=3)
+    for words in ("a b c", "c d e", "f g h", "c c a"):
+        counter.update(pa.array(words.split(), pa.large_string()))
+    assert len([*tmp_path.iterdir()]) == 2
+    seen, counts, left_out = counter.result()
+    assert left_out == 0
+    assert dict(zip(seen.to_pylist(), counts.tolist(), strict=True)) == Counter("abccdefghcca")
+    again = SymbolCounter(tmp_path / "none", spill_at=3)
+    assert again.result()[2] == 0
 
 
 def test_ids_that_go_to_disk_are_all_kept(tmp_path):

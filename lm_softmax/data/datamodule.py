@@ -30,9 +30,9 @@ class TextDataModule(LightningDataModule):
 
     With `streaming`, train is read as it comes, from the hub or from files here, and no copy of it
     is kept: its shards (files, row groups of Parquet files) are shared out to processes and their
-    workers, and each row of a batch takes runs of some thousand tokens from its worker's share.
-    Processes that run out of text before others get batches of ignored targets. Validation and test
-    are token files as ever.
+    workers, and each row of a batch takes runs of 32 blocks from its worker's share. Processes that
+    run out of text before others get batches of ignored targets. Validation and test are token
+    files as ever.
 
     Args:
         path: "python-stdlib" (the source of Python's standard library, which is on every machine),

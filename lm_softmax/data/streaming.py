@@ -16,7 +16,7 @@ from lm_softmax.corpus import Stream
 from lm_softmax.data.batching import IGNORED, TokenBatch
 from lm_softmax.vocab import Vocab
 
-RUN = 4096  # tokens that a row takes from the text of its worker, one after the other
+RUN_BLOCKS = 32  # blocks of text that a row takes from its worker, one after the other
 SAVED_EVERY = 32  # batches: a training that resumes makes fewer than that once more
 
 
@@ -107,7 +107,7 @@ _NO_IDS = np.zeros(0, np.int32)
 
 
 class RowMaker:
-    """Some rows of each batch, each a contiguous stream made of runs of `RUN` ids of a text.
+    """Some rows of each batch, each a contiguous stream made of runs of `RUN_BLOCKS` blocks of a text.
 
     A row begins with `<eos>` as context alone; a run begins with the true id before it as context.
     Rows that run out of text are ignored targets from there on.
@@ -152,7 +152,7 @@ class RowMaker:
     def _fill(self, row: int) -> None:
         parts, length = [self._rows[row]], self._rows[row].shape[1]
         while length < self._block_size:
-            run = self._reader.take(RUN)
+            run = self._reader.take(RUN_BLOCKS * self._block_size)
             if len(run) == 1:
                 break
             parts.append(np.stack([run[:-1], run[1:]]))

@@ -808,7 +808,8 @@ def test_counts_that_differ_are_an_error(
     small_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = text_pipelines.Peer.counts
-    monkeypatch.setattr(text_pipelines.Peer, "counts", lambda self: counts(self) | {"w1": 0, "new": 2})
+    wrong = {"w1": 0, "new": 2}
+    monkeypatch.setattr(text_pipelines.Peer, "counts", lambda self: counts(self) | wrong)
     with pytest.raises(SystemExit) as caught:
         main(["data", "--path", small_corpus, "--output", str(tmp_path / "out")])
     assert caught.value.code == 2

@@ -214,9 +214,7 @@ def test_every_token_is_a_target_exactly_once_over_ranks(shards, world, rows, bl
 @given(shards_, st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9))
 def test_a_row_maker_goes_on_from_its_state(shards, rows, block, run, stop):
     def maker():
-        return RowMaker(
-            Reader(Numbers(shards), range(len(shards)), NumberVocab()), rows, block
-        )
+        return RowMaker(Reader(Numbers(shards), range(len(shards)), NumberVocab()), rows, block)
 
     before, streaming.RUN_BLOCKS = streaming.RUN_BLOCKS, run
     try:
@@ -341,12 +339,8 @@ def test_options_that_cannot_be(options, message):
 
 def test_too_little_to_share(corpus, tmp_path):
     few = {"train": parquet(tmp_path / "few.parquet", LINES, rows=100)}
-    complaint(
-        lambda: module(few, num_workers=2).train_dataloader(), "1 shards", "too few for 2"
-    )
-    complaint(
-        lambda: module(corpus, num_workers=3).train_dataloader(), "4 rows", "num_workers=3"
-    )
+    complaint(lambda: module(few, num_workers=2).train_dataloader(), "1 shards", "too few for 2")
+    complaint(lambda: module(corpus, num_workers=3).train_dataloader(), "4 rows", "num_workers=3")
 
 
 def test_training_needs_a_number_of_steps(corpus, tmp_path, monkeypatch, capsys):
@@ -386,6 +380,7 @@ class Recorder(pl.LightningModule):
 @pytest.mark.parametrize("stop", [3, "epoch", 60])
 def test_training_resumed_is_training_uninterrupted(corpus, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(streaming, "RUN_BLOCKS", 2)
+
     def train(ckpt_path=None, callbacks=(), steps=80):
         trainer = pl.Trainer(
             max_steps=steps,

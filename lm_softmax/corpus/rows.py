@@ -24,8 +24,8 @@ class Rows:
     """The rows of text of one split.
 
     Attributes:
-        pieces: Reads them from the first on, in arrays of bounded size; not from mapped files, whose
-            pages would count as memory of this process.
+        pieces: Reads them from the first on, in arrays of bounded size; not from mapped files,
+            whose pages would count as memory of this process.
         num_rows: How many there are, missing ones among them; None where nobody knows.
         fingerprint: Changes with the contents; for files here, with their names, sizes, places on
             the disk and times of change.

@@ -14,21 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas  # type: ignore[import-untyped]
 import pyarrow as pa
 from datasets.arrow_writer import SchemaInferenceError
-from datasets.packaged_modules.csv.csv import CsvConfig
-from datasets.packaged_modules.parquet.parquet import ParquetConfig
-from datasets.packaged_modules.text.text import TextConfig
 from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
 
-from lm_softmax.corpus.rows import COMPRESSED, ROWS_AT_ONCE, Rows, not_utf8, read_column
+from lm_softmax.corpus.formats import builder_of, is_text, name_of, options_for_text, plain_text
+from lm_softmax.corpus.rows import Rows, not_utf8, read_column
 from lm_softmax.corpus.stdlib import NAME as STDLIB
 from lm_softmax.corpus.stdlib import read_stdlib
 from lm_softmax.corpus.stream import Stream
 from lm_softmax.vocab import hub_reachable, is_hub_id, one_line
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -87,15 +82,15 @@ class Source:
         if self.text_column not in data.column_names:
             raise ValueError(f"no {what}: its columns are {', '.join(data.column_names)}")
         feature = data.features[self.text_column]
-        if not (_is_text(feature) or isinstance(feature, datasets.Json)):
-            raise ValueError(f"{what} holds {_named(feature)}, not text")
+        if not (is_text(feature) or isinstance(feature, datasets.Json)):
+            raise ValueError(f"{what} holds {name_of(feature)}, not text")
         column = data.data.column(self.text_column).slice(begin, end - begin)
         if len(column) == column.null_count:
             raise ValueError(f"{what} is empty")
 
         def pieces() -> Iterator[pa.Array]:
             for piece in read_column(data, self.text_column, begin, end):
-                yield _plain(piece, what) if isinstance(feature, datasets.Json) else piece
+                yield plain_text(piece, what) if isinstance(feature, datasets.Json) else piece
 
         fingerprint = f"{data._fingerprint} {begin} {end} {self.text_column}"
         return Rows(pieces, end - begin, fingerprint, what, self._local_files)
@@ -169,7 +164,7 @@ class Source:
             splits = datasets.load_dataset(path, **given)
             data = next(iter(splits.values()))
             feature = data.features.get(self.text_column)
-            if data.info.builder_name != "json" or feature is None or _is_text(feature):
+            if data.info.builder_name != "json" or feature is None or is_text(feature):
                 return splits
             # the parser makes numbers and dates of strings, save where all is to stay JSON
             features = data.features | {self.text_column: datasets.Json()}
@@ -179,7 +174,7 @@ class Source:
     def _streams(self) -> tuple[dict[str, datasets.IterableDataset], str]:
         """The stream of each split, and what changes with their contents."""
         with self._ready() as (path, given, here):
-            config = datasets.load_dataset_builder(path, **given).config
+            config = datasets.load_datasetbuilder_of(path, **given).config
             # addresses of files on the hub contain their revision
             named = (config.data_files or {}).items()
             files = {str(split): [*map(str, names)] for split, names in named}
@@ -198,7 +193,7 @@ class Source:
         try:
             with _quietly(offline):
                 if here:
-                    given |= _as_text(datasets.load_dataset_builder(path, **given).config)
+                    given |= options_for_text(datasets.load_datasetbuilder_of(path, **given).config)
                     # the library's own cache goes by names and times of modification alone
                     given["description"] = _stamp(self._local_files())
                 yield path, given, here
@@ -224,7 +219,7 @@ class Source:
     def _located(self) -> tuple[str, bool]:
         """What `load_dataset` should be given as path, and whether to keep off the network."""
         if self.path == STDLIB:
-            return _builder(self._files), False
+            return builder_of(self._files), False
         folder = self._folder()
         if folder is not None:
             return str(folder.resolve()), False  # "." has no name to give the dataset
@@ -270,21 +265,6 @@ class Source:
         return f"cannot read {self._described}: {one_line(cause)}"
 
 
-def _builder(files: Mapping[str, Sequence[str]]) -> str:
-    """The packaged builder of `datasets` for the files' suffixes."""
-    found = {}
-    for name in chain.from_iterable(files.values()):
-        suffixes = [s for s in Path(name).suffixes if s not in COMPRESSED]
-        found[_BUILDERS.get(suffixes[-1].lower() if suffixes else "", "text")] = name
-    if len(found) != 1:
-        raise ValueError(
-            "data_files names no file"
-            if not found
-            else f"data_files mixes formats: {', '.join(f'{n!r} is {b}' for b, n in found.items())}"
-        )
-    return next(iter(found))
-
-
 def _stamp(files: Iterable[Path]) -> str:
     """Changes whenever a file is written, whatever its time of modification is set to."""
     digest = hashlib.blake2b(digest_size=8)
@@ -293,41 +273,6 @@ def _stamp(files: Iterable[Path]) -> str:
             stat = file.stat()
             digest.update(f"{file} {stat.st_size} {stat.st_ino} {stat.st_ctime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _as_text(config: datasets.BuilderConfig) -> dict[str, Any]:
-    """Options that keep a builder from taking text for something else."""
-    if isinstance(config, TextConfig) and config.encoding == "utf-8":
-        return {"encoding": "utf-8-sig"}  # a byte order mark is no text
-    if isinstance(config, ParquetConfig) and config.batch_size is None:
-        return {"batch_size": ROWS_AT_ONCE}  # else a whole row group is in memory, of any size
-    if isinstance(config, CsvConfig) and config.features is None and config.data_files:
-        first = next(iter(config.data_files.values()))[0]
-        header = config.pd_read_csv_kwargs | {"nrows": 0, "chunksize": None}
-        columns = pandas.read_csv(first, **header).columns
-        features = datasets.Features({name: datasets.Value("large_string") for name in columns})
-        return {"features": features, "keep_default_na": False, "na_filter": False}
-    return {}
-
-
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def _named(feature: Any) -> str:
-    return str(getattr(feature, "dtype", None) or type(feature).__name__)
-
-
-def _plain(piece: pa.Array, what: str) -> pa.Array:
-    """Strings of an array of JSON values: strings as they are, numbers as they are written."""
-
-    def plain(value: str | None) -> str | None:
-        loaded = None if value is None else json.loads(value)
-        if isinstance(loaded, dict | list | bool):
-            raise ValueError(f"{what} holds {one_line(ValueError(value))}, not text")
-        return loaded if loaded is None or isinstance(loaded, str) else value
-
-    return pa.array(map(plain, piece.cast(pa.large_string()).to_pylist()), pa.large_string())
 
 
 def _in_memory(rows: list[str]) -> datasets.Dataset:

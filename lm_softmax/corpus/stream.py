@@ -41,7 +41,9 @@ class Stream:
         if first is None:
             raise ValueError(f"{self.described} is empty")
         if self.column not in first.column_names:
-            raise ValueError(f"no {self.described}: its columns are {', '.join(first.column_names)}")
+            raise ValueError(
+                f"no {self.described}: its columns are {', '.join(first.column_names)}"
+            )
         kind = first.schema.field(self.column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"{self.described} holds {kind}, not text")

@@ -183,9 +183,7 @@ class Corpus:
         return Path(cache).expanduser() / f"{kind}-{digest}"
 
 
-def _encode(
-    rows: Rows, vocab: Vocab, file: Path, label: str, num_proc: int | None
-) -> SplitStats:
+def _encode(rows: Rows, vocab: Vocab, file: Path, label: str, num_proc: int | None) -> SplitStats:
     """Write the ids of all rows, and count them on the way."""
     dtype = TokenFile(file, len(vocab)).dtype
 

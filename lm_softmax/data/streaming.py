@@ -107,7 +107,7 @@ _NO_IDS = np.zeros(0, np.int32)
 
 
 class RowMaker:
-    """Some rows of each batch, each a contiguous stream made of runs of `RUN_BLOCKS` blocks of a text.
+    """Some rows of each batch: contiguous streams, made of runs of `RUN_BLOCKS` blocks of a text.
 
     A row begins with `<eos>` as context alone; a run begins with the true id before it as context.
     Rows that run out of text are ignored targets from there on.
@@ -295,7 +295,8 @@ class StreamLoader(DataLoader[Part]):
         if saved != own:
             raise ValueError(
                 "a stream goes on with the processes, workers and shards that it was left with:"
-                f" {saved[0]} x {saved[1]} of {saved[2]} shards, not {own[0]} x {own[1]} of {own[2]}"
+                f" {saved[0]} x {saved[1]} with {saved[2]} shards, not {own[0]} x {own[1]} with"
+                f" {own[2]}"
             )
         if state["given"] != state["ends_at"]:
             self._resume_at = {**state, "workers": state["ranks"][parts.rank]}

@@ -1,6 +1,7 @@
 """How often each symbol occurs, in memory as far as it goes and then on disk."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ class SymbolCounter:
         borders = np.searchsorted(part[order], np.arange(2**_NUM_PARTS_LOG2 + 1))
         schema = pa.schema({"symbol": whole.symbols.type, "count": pa.int64()})
         with pa.ipc.new_file(str(self._file(self._num_files)), schema) as file:
-            for begin, end in zip(borders[:-1], borders[1:], strict=True):
+            for begin, end in pairwise(borders):
                 own = pa.array(order[begin:end])
                 columns = [whole.symbols.take(own), pa.array(whole.counts[order[begin:end]])]
                 file.write_batch(pa.record_batch(columns, schema=schema))

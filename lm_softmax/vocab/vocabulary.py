@@ -24,7 +24,7 @@ from lm_softmax.vocab.tokenization import from_state_dict
 from lm_softmax.vocab.tokenizer import LINE_END, Tokenizer
 
 _FORMAT = 2
-_KEYS = {"tokens", "lengths", "counts", "unk_id", "eos_id", "tokenizer", "original_ids"}  # of a state
+_KEYS = {"tokens", "lengths", "counts", "unk_id", "eos_id", "tokenizer", "original_ids"}
 _MISSING_UNK = -2  # symbol of an `<unk>` that the tokenizer does not have
 
 

@@ -174,7 +174,7 @@ class Source:
     def _streams(self) -> tuple[dict[str, datasets.IterableDataset], str]:
         """The stream of each split, and what changes with their contents."""
         with self._ready() as (path, given, here):
-            config = datasets.load_datasetbuilder_of(path, **given).config
+            config = datasets.load_dataset_builder(path, **given).config
             # addresses of files on the hub contain their revision
             named = (config.data_files or {}).items()
             files = {str(split): [*map(str, names)] for split, names in named}
@@ -193,7 +193,7 @@ class Source:
         try:
             with _quietly(offline):
                 if here:
-                    given |= options_for_text(datasets.load_datasetbuilder_of(path, **given).config)
+                    given |= options_for_text(datasets.load_dataset_builder(path, **given).config)
                     # the library's own cache goes by names and times of modification alone
                     given["description"] = _stamp(self._local_files())
                 yield path, given, here

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm_softmax import heads
 from lm_softmax.benchmark import main, memory, peers
+from lm_softmax.benchmark import text as text_pipelines
 from lm_softmax.benchmark.agreement import is_wrong, true_loss
 from lm_softmax.benchmark.command import make_parser
 from lm_softmax.benchmark.contestants import Contestant, Loss, Workshop
@@ -767,3 +768,55 @@ def test_without_the_train_extra_the_command_says_what_to_install() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert 'pip install "lm_softmax[train]"' in done.stderr
+
+
+# From text to token ids
+
+
+@pytest.fixture
+def small_corpus(tmp_path: Path) -> str:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = [" ".join(f"w{i * j % 31}" for j in range(i % 20)) for i in range(300)]
+    (folder / "train.txt").write_text("".join(f"{line}\n" for line in lines))
+    return str(folder)
+
+
+def test_data_command(
+    small_corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "--path", small_corpus, "--rounds", "2", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "data.json").read_text())
+    text = Path(small_corpus, "train.txt").read_text().split()
+    assert (found["num_tokens"], found["num_types"]) == (len(text), len({*text}))
+    assert found["peak_memory_mib"] is None
+    ours, peer = found["pipelines"]
+    assert (ours["name"], peer["name"]) == ("lm_softmax", "tokenizers")
+    assert peer["ratio"] == {"min": 1, "median": 1, "max": 1}
+    pairs = zip(peer["rounds_s"]["both"], ours["rounds_s"]["both"], strict=True)
+    assert ours["ratio"]["median"] == pytest.approx(sum(a / b for a, b in pairs) / 2)
+    assert len(ours["rounds_s"]["counting"]) == 2
+    for line in (f"{len(text):,} tokens of 31 types", "lm_softmax  ", "tokenizers  ", "pyarrow "):
+        assert line in shown
+    with (tmp_path / "out" / "data.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["measure"] for row in rows} == {"counting", "encoding", "both", "ratio"}
+    assert len(rows) == 8
+
+
+def test_counts_that_differ_are_an_error(
+    small_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = text_pipelines.Peer.counts
+    wrong = {"w1": 0, "new": 2}
+    monkeypatch.setattr(text_pipelines.Peer, "counts", lambda self: counts(self) | wrong)
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "--path", small_corpus, "--output", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
+    assert text_pipelines.difference({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 1}) == (
+        "2 of 3 tokens are counted differently: 'b' 2 and 3, 'c' 0 and 1"
+    )
+    assert text_pipelines.difference({"a": 1}, {"a": 1}) == ""

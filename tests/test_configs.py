@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -18,6 +20,15 @@ from lm_softmax.module import LanguageModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
+PUBLIC = {  # what the hub has of a corpus: folder, README, and files by split
+    "wikitext103": (
+        "wikitext",
+        "wikitext-103-v1",
+        {"train": 1, "validation": 1, "test": 1},
+    ),
+    "one_billion_word": ("lm1b", "data", {"train": 2, "test": 1}),
+    "wikipedia": ("wikipedia", "20231101.en", {"train": 41}),
+}
 OVERLAYS = sorted((CONFIGS / "head").glob("*.yaml"))
 PARALLEL = {  # overlay: what makes it one for two processes
     "ddp": [],
@@ -47,7 +58,14 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_there_are_configurations():
-    assert [path.stem for path in EXPERIMENTS] == ["quickstart", "sparse", "wikitext2"]
+    assert [path.stem for path in EXPERIMENTS] == [
+        "one_billion_word",
+        "quickstart",
+        "sparse",
+        "wikipedia",
+        "wikitext103",
+        "wikitext2",
+    ]
     assert [path.stem for path in OVERLAYS] == [
         "adaptive",
         "full",
@@ -60,8 +78,29 @@ def test_there_are_configurations():
     ]
 
 
+def hub_layout(name, folder):
+    """A corpus of three-word lines in the layout of the hub."""
+    corpus, part, splits = PUBLIC[name]
+    place = folder / corpus / part
+    place.mkdir(parents=True)
+    for split, number in splits.items():
+        for file in range(number):
+            lines = [f"w{file} w{line % 3} ." for line in range(max(40, 500 // number))]
+            path = place / f"{split}-{file:05}-of-{number:05}.parquet"
+            pq.write_table(pa.table({"text": lines}), path, row_group_size=10)
+    if part.startswith(corpus):
+        files = "".join(f"  - {{split: {s}, path: {part}/{s}-*}}\n" for s in splits)
+        config = f"- config_name: {part}\n  data_files:\n{files}"
+        (folder / corpus / "README.md").write_text(f"---\nconfigs:\n{config}---\n")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiment_trains(config, tiny):
+def test_experiment_trains(config, tiny, tmp_path, monkeypatch):
+    if config.stem in PUBLIC:
+        monkeypatch.setenv("LM_SOFTMAX_DATA", str(tmp_path / "hub"))
+        hub_layout(config.stem, tmp_path / "hub")
+        tiny = tiny[2:]
     cli.main(["fit", "-c", str(config), *tiny])
     saved = torch.load("run/checkpoints/best.ckpt", weights_only=True)
     assert saved["global_step"] == 2

@@ -13,12 +13,22 @@ import numpy as np
 import pandas
 import pyarrow as pa
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_softmax.corpus import Corpus, Source, SplitStats, rows, source, stdlib, token_files
-from lm_softmax.vocab import Vocab
+from lm_softmax.corpus import (
+    Corpus,
+    Source,
+    SplitStats,
+    rows,
+    source,
+    stdlib,
+    token_files,
+    work,
+)
+from lm_softmax.vocab import Vocab, load_tokenizer
 
 LINES = ["the cat sat", "", "the dog", "é cat"]
 SHARED = os.environ.get("LM_SOFTMAX_DATA", "")
@@ -102,7 +112,7 @@ def test_numbers_in_files_without_types_are_text(tmp_path):
     for value in ("[1]", '{"a": 1}', "true"):
         (tmp_path / "b.json").write_text(f'{{"text": {value}}}\n')
         listed = Source(data_files={"train": str(tmp_path / "b.json")})
-        complaint(lambda listed=listed: listed.rows("train"), "holds", "not text")
+        complaint(lambda listed=listed: text(listed, "train"), "holds", "not text")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json"])
@@ -322,7 +332,7 @@ def test_a_file_that_ends_within_a_character(tmp_path):
 
 def test_a_binary_column_that_is_not_utf8(tmp_path):
     broken = pa.array([b"fine", b"\xff"]).view(pa.string())
-    found = rows.Rows(pa.chunked_array([broken]), "", "column 'text'", lambda: [])
+    found = rows.Rows(lambda: [broken], 1, "", "column 'text'", lambda: [])
     complaint(lambda: [*found.batches(10)], "column 'text' is not UTF-8")
 
 
@@ -332,13 +342,28 @@ def test_a_binary_column_that_is_not_utf8(tmp_path):
     st.integers(1, 40),
 )
 def test_batches_are_whole_rows_of_bounded_size(chunks, max_bytes):
-    column = pa.chunked_array([pa.array(chunk, pa.string()) for chunk in chunks], pa.string())
-    batches = [*rows.Rows(column, "", "", lambda: []).batches(max_bytes)]
+    pieces = [pa.array(chunk, pa.string()) for chunk in chunks]
+    batches = [*rows.Rows(lambda: pieces, None, "", "", lambda: []).batches(max_bytes)]
     whole = [row for chunk in chunks for row in chunk if row is not None]
     assert [row for batch in batches for row in batch.to_pylist()] == whole
     longest = max((len(row.encode()) for row in whole), default=0)
     sizes = [sum(len(row.encode()) for row in batch.to_pylist()) for batch in batches]
     assert max(sizes, default=0) <= 2 * (max_bytes + longest)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 9), (0, 4), (2, 7), (5, 6), (8, 9)])
+def test_columns_are_read_from_several_files(tmp_path, begin, end):
+    parts = []
+    for part, (first, last) in enumerate(((0, 5), (5, 9))):
+        with ArrowWriter(path=str(tmp_path / f"{part}.arrow"), writer_batch_size=2) as writer:
+            for number in range(first, last):
+                writer.write({"text": str(number)})
+            writer.finalize()
+        parts.append(datasets.Dataset.from_file(str(tmp_path / f"{part}.arrow")))
+    data = datasets.concatenate_datasets(parts)
+    assert len(data.cache_files) == 2
+    read = [row for piece in rows.read_column(data, "text", begin, end) for row in piece]
+    assert [row.as_py() for row in read] == [str(number) for number in range(begin, end)]
 
 
 # The corpus that every machine has
@@ -495,6 +520,29 @@ def test_a_given_vocabulary_needs_no_train(tmp_path, corpus, monkeypatch):
     assert [name.split("-")[0] for name in built(elsewhere)] == ["tokens"]
     missing = Corpus(Source(), vocab_path=str(tmp_path / "absent.pt"))
     complaint(lambda: missing.vocab, "absent.pt")
+
+
+def test_any_number_of_cores_makes_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "_LEAST_BYTES", 1)
+    lines = [" ".join(f"w{i * j % 97}" for j in range(i % 40)) for i in range(200)]
+    made = set()
+    for num_proc, at_work in ((1, 2**25), (1, 500), (2, 500), (7, 500)):
+        monkeypatch.setattr(work, "_BYTES_AT_WORK", at_work)
+        data = files(tmp_path / "data", train=lines)
+        cache = tmp_path / f"{num_proc}-{at_work}"
+        own = Corpus(Source(data_files=data), cache_dir=str(cache), num_proc=num_proc)
+        ids = own.tokens("train")[:].tobytes()
+        made.add((own.vocab.fingerprint, ids, own.stats("train")))
+        assert not [*cache.glob("*/counts*")]
+    assert len(made) == 1
+
+
+def test_an_error_on_a_core_is_the_error(corpus, monkeypatch):
+    def symbols(self, rows):
+        raise ValueError("one line")
+
+    monkeypatch.setattr(type(load_tokenizer("words")), "symbols", symbols)
+    assert complaint(lambda: corpus.vocab) == "one line"
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])

@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import lightning.pytorch as pl
+import pyarrow as pa
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
@@ -315,9 +316,8 @@ def test_compiled_steps_are_the_same(head):
 
 def vocabulary(words=V, original_ids=None):
     tokens = [f"w{i:02}" for i in range(words - 2)] + ["<eos>", "<unk>"]
-    return Vocab(
-        tokens, COUNTS[:words], words - 1, words - 2, load_tokenizer("words"), original_ids
-    )
+    names = pa.array(tokens, pa.large_string())
+    return Vocab(names, COUNTS[:words], words - 1, words - 2, load_tokenizer("words"), original_ids)
 
 
 def saved(model, path, rows=None):

@@ -1,26 +1,29 @@
 """The vocabulary against `collections.Counter` and a ranking written with `sorted`."""
 
 import pickle
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lm_softmax.vocab import SymbolCounter, Vocab, load_tokenizer, vocabulary
+from lm_softmax.vocab import SymbolCounter, Vocab, counting, load_tokenizer
+from lm_softmax.vocab import symbols as vocab_symbols
 from lm_softmax.vocab.huggingface import HuggingFaceTokenizer
+from lm_softmax.vocab.symbols import SymbolIndex, hash_symbols
 
 WORDS = load_tokenizer("words")
 WHITESPACE = load_tokenizer("whitespace")
 quick = settings(deadline=None, max_examples=60)
 
-symbols = st.lists(
-    st.sampled_from(["\n", "<unk>", "a", "b", "c", "d", "é", "z", "😀"]), max_size=40
-)
+some_symbols = st.sampled_from(["\n", "<unk>", "a", "b", "c", "d", "é", "z", "😀"])
+symbols = st.lists(some_symbols, max_size=40)
 
 
 def vocab_of(*rows, tokenizer=WHITESPACE, **limits):
@@ -77,16 +80,105 @@ def test_the_order_of_the_text_does_not_matter(symbols, random):
 @quick
 @given(batches=st.lists(symbols, max_size=12))
 def test_counting_in_batches_is_counting(merge_at, batches):
-    before, vocabulary._MERGE_AT = vocabulary._MERGE_AT, merge_at
+    before, counting._MERGE_AT = counting._MERGE_AT, merge_at
     try:
         counter = SymbolCounter()
         for batch in batches:
             counter.update(pa.array(batch, pa.large_string()))
-        seen, counts = counter.result()
+        seen, counts, _ = counter.result()
     finally:
-        vocabulary._MERGE_AT = before
+        counting._MERGE_AT = before
     expected = Counter(symbol for batch in batches for symbol in batch)
     assert dict(zip(seen.to_pylist(), counts.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("spill_at", [0, 3])
+@settings(deadline=None, max_examples=8, phases=[Phase.generate])
+@given(
+    st.lists(st.lists(st.one_of(some_symbols, st.text(max_size=2)), max_size=20), max_size=8),
+    st.integers(3, 12),
+    st.integers(1, 4),
+)
+def test_counts_that_go_to_disk_make_the_same_vocabulary(spill_at, batches, most, min_count):
+    before, counting._MERGE_AT = counting._MERGE_AT, 2
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            counters = [SymbolCounter(), SymbolCounter(Path(folder), spill_at)]
+            for counter in counters:
+                for batch in batches:
+                    counter.update(pa.array(batch, pa.large_string()))
+            limits = {"max_vocab_size": most, "min_count": min_count}
+            one, other = (
+                Vocab.build(WHITESPACE, *counter.result(most, min_count), **limits)
+                for counter in counters
+            )
+    finally:
+        counting._MERGE_AT = before
+    assert one == other
+
+
+def test_counts_go_to_disk_when_there_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(counting, "_MERGE_AT", 2)
+    counter = SymbolCounter(tmp_path, spill_at=3)
+    for words in ("a b c", "c d e", "f g h", "c c a"):
+        counter.update(pa.array(words.split(), pa.large_string()))
+    assert len([*tmp_path.iterdir()]) == 2
+    seen, counts, left_out = counter.result()
+    assert left_out == 0
+    assert dict(zip(seen.to_pylist(), counts.tolist(), strict=True)) == Counter("abccdefghcca")
+    again = SymbolCounter(tmp_path / "none", spill_at=3)
+    assert again.result()[2] == 0
+
+
+def test_ids_that_go_to_disk_are_all_kept(tmp_path):
+    tokenizer = hugging_face("</s>", *"abcdefgh", unk="absent")
+    counters = [SymbolCounter(), SymbolCounter(tmp_path, 2)]
+    for counter in counters:
+        counter.update(tokenizer.symbols(pa.array(["a b b c d e f", "g h"], pa.large_string())))
+    one, other = (
+        Vocab.build(tokenizer, *counter.result(4, 1), max_vocab_size=4) for counter in counters
+    )
+    assert [*tmp_path.iterdir()]
+    assert one == other
+
+
+names = st.lists(st.text(max_size=5), unique=True, max_size=30)
+
+
+@quick
+@given(names, st.lists(st.text(max_size=5), max_size=30), st.integers(0, 3))
+def test_an_index_is_a_dictionary(known, others, cut):
+    wanted = pa.array([*others, *known], pa.large_string())[cut:]
+    index = SymbolIndex(pa.array(known, pa.large_string()))
+    expected = {symbol: place for place, symbol in enumerate(known)}
+    assert index.find(wanted).tolist() == [expected.get(s, -1) for s in wanted.to_pylist()]
+
+
+def test_symbols_that_meet_in_a_hash_are_told_apart(monkeypatch):
+    hashed = []
+
+    def by_length(strings, seed=0):
+        hashed.append(seed)
+        letters = [s if seed else s[:1] for s in strings.to_pylist()]
+        return np.array([sum(map(ord, s)) for s in letters], np.uint64)
+
+    monkeypatch.setattr(vocab_symbols, "hash_symbols", by_length)
+    index = SymbolIndex(pa.array(["ab", "ac", "b"], pa.large_string()))
+    assert hashed == [0, 1]
+    wanted = pa.array(["ac", "ba", "ab", "b", "c"], pa.large_string())  # "ba" meets "ab"
+    assert index.find(wanted).tolist() == [1, -1, 0, 2, -1]
+
+
+def test_hashes_go_by_every_byte():
+    near, far = "x" * 100, "x" * 70_000
+    strings = ["", "\0", "\0\0", "ab", "ba", near, f"{near}x", far, f"{far}x", f"{far[:-1]}y"]
+    strings += [f"y{far[1:]}", f"{far[:65_536]}y{far[65_537:]}"]
+    for seed in (0, 1):
+        hashes = hash_symbols(pa.array(strings, pa.large_string()), seed)
+        assert len({*hashes.tolist()}) == len(strings)
+        again = hash_symbols(pa.array(["padding", *strings], pa.large_string())[1:], seed)
+        assert again.tolist() == hashes.tolist()
+    assert len({*hash_symbols(pa.array([*range(-9, 9)])).tolist()}) == 18
 
 
 @quick
@@ -243,14 +335,14 @@ def test_fingerprints_tell_vocabularies_apart():
 
 
 def test_fingerprints_are_the_same_in_every_process():
-    assert vocab_of("a b b").fingerprint == "89984c796533c23e016753d7d4b52121"
+    assert vocab_of("a b b").fingerprint == "faace41918f9f8993d66ee7f496a4c44"
 
 
 def test_counts_of_many_batches_are_exact():
     counter = SymbolCounter()
     for _ in range(3):
         counter.update(pa.array(np.arange(1000) % 7))
-    seen, counts = counter.result()
+    seen, counts, _ = counter.result()
     assert seen.to_pylist() == [*range(7)]
     assert counts.tolist() == [429] * 6 + [426]
 

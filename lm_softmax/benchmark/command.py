@@ -1,4 +1,4 @@
-"""The command: `train`, `loop` and `cutoffs`, their options, and errors of one line."""
+"""The command: `train`, `loop`, `cutoffs` and `data`, their options, and errors of one line."""
 
 import argparse
 import shlex
@@ -38,11 +38,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand's module adds its own."""
-    from lm_softmax.benchmark import cutoffs, loop_command, train_command
+    from lm_softmax.benchmark import cutoffs, data_command, loop_command, train_command
 
     parser = _Parser(prog=PROGRAM, description="Times output heads beside their peers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train_command, loop_command, cutoffs):
+    for module in (train_command, loop_command, cutoffs, data_command):
         module.add_parser(commands, add_common_options)
     return parser
 
@@ -96,9 +96,7 @@ def hush() -> None:
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every subcommand has."""
     group = parser.add_argument_group("how it is measured")
-    group.add_argument(
-        "--rounds", type=positive, default=7, metavar="N", help="rounds that count (default: 7)"
-    )
+    add_rounds_and_output(group, rounds=7)
     group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     group.add_argument(
         "--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)"
@@ -111,6 +109,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         " (default: no, the allocator as it is)",
     )
     group.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
+
+
+def add_rounds_and_output(group: Any, rounds: int) -> None:
+    """The options that a measurement without torch has too."""
+    group.add_argument(
+        "--rounds",
+        type=positive,
+        default=rounds,
+        metavar="N",
+        help=f"rounds that count (default: {rounds})",
+    )
     group.add_argument(
         "--output",
         type=Path,

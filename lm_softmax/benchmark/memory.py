@@ -96,11 +96,11 @@ def _on_cpu(contestant: Contestant, device: str) -> Memory:
     _give_back()
     try:
         CLEAR_REFS.write_text(RESET_HIGH_WATER)
-        before = _read("VmRSS")
+        before = read_status("VmRSS")
     except (OSError, KeyError) as error:
         raise RuntimeError(f"/proc gives no high-water mark that can be reset: {error}") from None
     contestant.forward_backward()
-    peak = _read("VmHWM")
+    peak = read_status("VmHWM")
     return Memory((peak - before) / MIB, _gradients(contestant) / MIB, peak / MIB)
 
 
@@ -112,7 +112,7 @@ def _give_back() -> None:
             trim(0)
 
 
-def _read(field: str) -> int:
+def read_status(field: str) -> int:
     """A line of /proc/self/status, in bytes."""
     lines = (line.partition(":") for line in STATUS.read_text(encoding="ascii").splitlines())
     values = {name: value for name, _, value in lines}

@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas  # type: ignore[import-untyped]
 import pyarrow as pa
 from datasets.arrow_writer import SchemaInferenceError
-from datasets.packaged_modules.csv.csv import CsvConfig
-from datasets.packaged_modules.text.text import TextConfig
 from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
 
-from lm_softmax.corpus.rows import COMPRESSED, Rows, not_utf8
+from lm_softmax.corpus.formats import builder_of, is_text, name_of, options_for_text, plain_text
+from lm_softmax.corpus.rows import Rows, not_utf8, read_column
 from lm_softmax.corpus.stdlib import NAME as STDLIB
 from lm_softmax.corpus.stdlib import read_stdlib
+from lm_softmax.corpus.stream import Stream
 from lm_softmax.vocab import hub_reachable, is_hub_id, one_line
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Source:
         text_column: Column that holds the text.
         validation_fraction: Share of the rows of train, its last ones, that become validation in
             a corpus that has no such split; 0 for none.
+        streaming: Read the corpus as it comes, and keep no copy of it.
     """
 
     path: str = STDLIB
@@ -53,6 +51,7 @@ class Source:
     data_files: Mapping[str, str | Sequence[str]] | None = None
     text_column: str = "text"
     validation_fraction: float = 0.0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -61,6 +60,13 @@ class Source:
             raise ValueError(f"validation_fraction={self.validation_fraction} is not in [0, 1)")
         if self.name is not None and self.path == STDLIB:
             raise ValueError(f"name={self.name!r} needs the path of a dataset that has such a part")
+        if self.streaming and self.validation_fraction:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction}, but nobody knows the number of"
+                " rows of a stream: leave it at 0 and name a file for validation in data_files"
+            )
+        if self.streaming and self.path == STDLIB and self.data_files is None:
+            raise ValueError(f"streaming=true, but {STDLIB!r} is on this machine: set it to false")
 
     def rows(self, split: str) -> Rows:
         """The rows of a split.
@@ -68,24 +74,55 @@ class Source:
         Raises:
             ValueError: If the corpus cannot be read, or lacks the split or the column.
         """
-        if split not in self._splits:
-            hint = ", or set validation_fraction" if split == "validation" else ""
-            raise ValueError(
-                f"{self._described} has no split {split!r}, only {', '.join(self._splits)}:"
-                f" name files for it in data_files{hint}"
-            )
-        data = self._splits[split]
-        what = f"column {self.text_column!r} of split {split!r} of {self._described}"
+        if self.streaming:
+            return self.stream(split).rows()
+        self._check_split(split, self._splits)
+        data, begin, end = self._splits[split]
+        what = self._column_of(split)
         if self.text_column not in data.column_names:
             raise ValueError(f"no {what}: its columns are {', '.join(data.column_names)}")
-        column = data.data.column(self.text_column)
-        if isinstance(data.features[self.text_column], datasets.Json):
-            column = _plain(column, what)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise ValueError(f"{what} holds {column.type}, not text")
+        feature = data.features[self.text_column]
+        if not (is_text(feature) or isinstance(feature, datasets.Json)):
+            raise ValueError(f"{what} holds {name_of(feature)}, not text")
+        column = data.data.column(self.text_column).slice(begin, end - begin)
         if len(column) == column.null_count:
             raise ValueError(f"{what} is empty")
-        return Rows(column, f"{data._fingerprint} {self.text_column}", what, self._local_files)
+
+        def pieces() -> Iterator[pa.Array]:
+            for piece in read_column(data, self.text_column, begin, end):
+                yield plain_text(piece, what) if isinstance(feature, datasets.Json) else piece
+
+        fingerprint = f"{data._fingerprint} {begin} {end} {self.text_column}"
+        return Rows(pieces, end - begin, fingerprint, what, self._local_files)
+
+    def stream(self, split: str) -> Stream:
+        """The rows of a split as a stream of shards.
+
+        Raises:
+            ValueError: If the corpus cannot be read, or lacks the split or the column.
+        """
+        splits, fingerprint = self._streams
+        self._check_split(split, splits)
+        return Stream(
+            splits[split],
+            self.text_column,
+            f"{fingerprint} {split} {self.text_column}",
+            self._column_of(split),
+            self._local_files,
+            self._failure,
+        )
+
+    def _check_split(self, split: str, splits: Iterable[str]) -> None:
+        if split not in splits:
+            held_out = split == "validation" and not self.streaming
+            hint = ", or set validation_fraction" if held_out else ""
+            raise ValueError(
+                f"{self._described} has no split {split!r}, only {', '.join(splits)}:"
+                f" name files for it in data_files{hint}"
+            )
+
+    def _column_of(self, split: str) -> str:
+        return f"column {self.text_column!r} of split {split!r} of {self._described}"
 
     @property
     def _described(self) -> str:
@@ -94,11 +131,13 @@ class Source:
         return f"corpus {self.path!r}" + (f" ({self.name})" if self.name else "")
 
     @cached_property
-    def _splits(self) -> dict[str, datasets.Dataset]:
+    def _splits(self) -> dict[str, tuple[datasets.Dataset, int, int]]:
+        """The dataset of each split, and its first and last rows there."""
         if self.path == STDLIB and self.data_files is None:
-            splits = {split: _in_memory(rows) for split, rows in read_stdlib().items()}
+            loaded = {split: _in_memory(rows) for split, rows in read_stdlib().items()}
         else:
-            splits = dict(self._load())
+            loaded = dict(self._load())
+        splits = {split: (data, 0, len(data)) for split, data in loaded.items()}
         if not self.validation_fraction:
             return splits
         if "validation" in splits or "train" not in splits:
@@ -106,7 +145,7 @@ class Source:
                 f"validation_fraction={self.validation_fraction}, but {self._described} has the"
                 f" splits {', '.join(splits)}: leave it at 0"
             )
-        train = splits["train"]
+        train = loaded["train"]
         held_out = max(1, round(len(train) * self.validation_fraction))
         if held_out >= len(train):
             raise ValueError(
@@ -114,11 +153,38 @@ class Source:
                 f" {len(train)} rows of train of {self._described}"
             )
         border = len(train) - held_out
-        splits["train"] = train.select(range(border))
-        splits["validation"] = train.select(range(border, len(train)))
+        splits["train"] = train, 0, border
+        splits["validation"] = train, border, len(train)
         return splits
 
     def _load(self) -> Mapping[str, datasets.Dataset]:
+        with self._ready() as (path, given, here):
+            if not here:
+                return datasets.load_dataset(path, **given)
+            splits = datasets.load_dataset(path, **given)
+            data = next(iter(splits.values()))
+            feature = data.features.get(self.text_column)
+            if data.info.builder_name != "json" or feature is None or is_text(feature):
+                return splits
+            # the parser makes numbers and dates of strings, save where all is to stay JSON
+            features = data.features | {self.text_column: datasets.Json()}
+            return datasets.load_dataset(path, **given, features=datasets.Features(features))
+
+    @cached_property
+    def _streams(self) -> tuple[dict[str, datasets.IterableDataset], str]:
+        """The stream of each split, and what changes with their contents."""
+        with self._ready() as (path, given, here):
+            config = datasets.load_dataset_builder(path, **given).config
+            # addresses of files on the hub contain their revision
+            named = (config.data_files or {}).items()
+            files = {str(split): [*map(str, names)] for split, names in named}
+            contents = json.dumps([files, given.get("description") if here else None])
+            streams = datasets.load_dataset(path, **given, streaming=True)
+            return {str(split): data for split, data in streams.items()}, contents
+
+    @contextmanager
+    def _ready(self) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """What to give `load_dataset`, whether the files are here, and its errors as one line."""
         path, offline = self._located()
         given: dict[str, Any] = {"name": self.name, "data_files": self._files or None}
         here = self.path == STDLIB or self._folder() is not None
@@ -126,19 +192,11 @@ class Source:
             self._check_files()
         try:
             with _quietly(offline):
-                if not here:
-                    return datasets.load_dataset(path, **given)
-                given |= _as_text(datasets.load_dataset_builder(path, **given).config)
-                # the library's own cache goes by names and times of modification alone
-                given["description"] = _stamp(self._local_files())
-                splits = datasets.load_dataset(path, **given)
-                data = next(iter(splits.values()))
-                feature = data.features.get(self.text_column)
-                if data.info.builder_name != "json" or feature is None or _is_text(feature):
-                    return splits
-                # the parser makes numbers and dates of strings, save where all is to stay JSON
-                features = data.features | {self.text_column: datasets.Json()}
-                return datasets.load_dataset(path, **given, features=datasets.Features(features))
+                if here:
+                    given |= options_for_text(datasets.load_dataset_builder(path, **given).config)
+                    # the library's own cache goes by names and times of modification alone
+                    given["description"] = _stamp(self._local_files())
+                yield path, given, here
         except Exception as error:  # datasets raises all kinds
             raise ValueError(self._failure(error, offline)) from error
 
@@ -161,7 +219,7 @@ class Source:
     def _located(self) -> tuple[str, bool]:
         """What `load_dataset` should be given as path, and whether to keep off the network."""
         if self.path == STDLIB:
-            return _builder(self._files), False
+            return builder_of(self._files), False
         folder = self._folder()
         if folder is not None:
             return str(folder.resolve()), False  # "." has no name to give the dataset
@@ -187,7 +245,7 @@ class Source:
             if "://" not in pattern and not self._matching(pattern):
                 raise ValueError(f"no file matches {pattern!r} of data_files")
 
-    def _failure(self, error: Exception, offline: bool) -> str:
+    def _failure(self, error: Exception, offline: bool = False) -> str:
         """What went wrong in `load_dataset`, on one line."""
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -207,21 +265,6 @@ class Source:
         return f"cannot read {self._described}: {one_line(cause)}"
 
 
-def _builder(files: Mapping[str, Sequence[str]]) -> str:
-    """The packaged builder of `datasets` for the files' suffixes."""
-    found = {}
-    for name in chain.from_iterable(files.values()):
-        suffixes = [s for s in Path(name).suffixes if s not in COMPRESSED]
-        found[_BUILDERS.get(suffixes[-1].lower() if suffixes else "", "text")] = name
-    if len(found) != 1:
-        raise ValueError(
-            "data_files names no file"
-            if not found
-            else f"data_files mixes formats: {', '.join(f'{n!r} is {b}' for b, n in found.items())}"
-        )
-    return next(iter(found))
-
-
 def _stamp(files: Iterable[Path]) -> str:
     """Changes whenever a file is written, whatever its time of modification is set to."""
     digest = hashlib.blake2b(digest_size=8)
@@ -230,39 +273,6 @@ def _stamp(files: Iterable[Path]) -> str:
             stat = file.stat()
             digest.update(f"{file} {stat.st_size} {stat.st_ino} {stat.st_ctime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _as_text(config: datasets.BuilderConfig) -> dict[str, Any]:
-    """Options that keep a builder from taking text for something else."""
-    if isinstance(config, TextConfig) and config.encoding == "utf-8":
-        return {"encoding": "utf-8-sig"}  # a byte order mark is no text
-    if isinstance(config, CsvConfig) and config.features is None and config.data_files:
-        first = next(iter(config.data_files.values()))[0]
-        header = config.pd_read_csv_kwargs | {"nrows": 0, "chunksize": None}
-        columns = pandas.read_csv(first, **header).columns
-        features = datasets.Features({name: datasets.Value("large_string") for name in columns})
-        return {"features": features, "keep_default_na": False, "na_filter": False}
-    return {}
-
-
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def _plain(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
-    """Strings of a column of JSON values: strings as they are, numbers as they are written."""
-
-    def plain(value: str | None) -> str | None:
-        loaded = None if value is None else json.loads(value)
-        if isinstance(loaded, dict | list | bool):
-            raise ValueError(f"{what} holds {one_line(ValueError(value))}, not text")
-        return loaded if loaded is None or isinstance(loaded, str) else value
-
-    chunks = [
-        pa.array(map(plain, chunk.cast(pa.large_string()).to_pylist()), pa.large_string())
-        for chunk in column.chunks
-    ]
-    return pa.chunked_array(chunks, pa.large_string())
 
 
 def _in_memory(rows: list[str]) -> datasets.Dataset:

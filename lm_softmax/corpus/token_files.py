@@ -4,29 +4,23 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 from numpy.typing import NDArray
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lm_softmax.corpus.rows import Rows
 from lm_softmax.corpus.source import Source
-from lm_softmax.vocab import SymbolCounter, Vocab, check_folding, load_tokenizer, one_line
+from lm_softmax.corpus.work import each_batch
+from lm_softmax.vocab import Counts, SymbolCounter, Vocab, check_folding, load_tokenizer, one_line
 
-_Tokens = TypeVar("_Tokens", bound=Sized)
-_NUM_THREADS = min(4, os.cpu_count() or 1)  # each holds a batch, some 200 MB at work
 _FORMAT = 2  # part of every key: raise it when the contents of the files change
 
 
@@ -96,6 +90,10 @@ class Corpus:
             Nothing is counted then, and train need not exist.
         cache_dir: Folder of the files; the environment variable LM_SOFTMAX_CACHE or
             `~/.cache/lm_softmax` if None.
+        vocab_tokens: Tokens from the beginning of train that a stream's vocabulary is counted from;
+            a copy on this machine is counted as a whole.
+        num_proc: Cores that count and encode, all that there are if None; what comes out is the
+            same for any number.
     """
 
     source: Source
@@ -104,6 +102,8 @@ class Corpus:
     min_count: int = 1
     vocab_path: str | None = None
     cache_dir: str | None = None
+    vocab_tokens: int = 10**8
+    num_proc: int | None = None
 
     def __post_init__(self) -> None:
         check_folding(self.max_vocab_size, self.min_count)
@@ -120,23 +120,34 @@ class Corpus:
         tokenizer = load_tokenizer(self.tokenizer)
         rows = self.source.rows("train")
         limits = [self.max_vocab_size, self.min_count]
+        most = self.vocab_tokens if self.source.streaming else 2**63
+        limits += [most] if self.source.streaming else []
         folder = self._folder("vocab", [rows.fingerprint, tokenizer.state_dict(), *limits])
 
         def build(target: Path) -> None:
-            counter = SymbolCounter()
-            for _, symbols in _each(
-                rows,
-                lambda batch: tokenizer.symbols(batch).dictionary_encode(),
-                tokenizer.batch_bytes,
-                "counting train",
-            ):
-                counter.update(symbols)
+            spilled = target / "counts"
+            spilled.mkdir()
+            counter = SymbolCounter(spilled)
+
+            def count(batch: pa.Array) -> tuple[Counts, int]:
+                symbols = tokenizer.symbols(batch)
+                return Counts.of(symbols), len(symbols)
+
+            size, room = tokenizer.batch_bytes, most
+            for batch, counts in each_batch(rows, count, size, "counting train", self.num_proc):
+                if counts.total > room:
+                    counts = Counts.of(tokenizer.symbols(batch)[:room])
+                counter.update(counts)
+                room -= counts.total
+                if room == 0:
+                    break
             Vocab.build(
                 tokenizer,
-                *counter.result(),
+                *counter.result(self.max_vocab_size, self.min_count),
                 max_vocab_size=self.max_vocab_size,
                 min_count=self.min_count,
             ).save(target / "vocab.pt")
+            shutil.rmtree(spilled)
 
         _build_once(folder, build)
         return Vocab.load(folder / "vocab.pt")
@@ -158,7 +169,8 @@ class Corpus:
         folder = self._folder("tokens", [rows.fingerprint, self.vocab.fingerprint])
 
         def build(target: Path) -> None:
-            stats = _encode(rows, self.vocab, target / "tokens.bin", f"encoding {split}")
+            file, label = target / "tokens.bin", f"encoding {split}"
+            stats = _encode(rows, self.vocab, file, label, self.num_proc)
             (target / "stats.json").write_text(json.dumps(stats._asdict()), "utf-8")
 
         _build_once(folder, build)
@@ -171,15 +183,21 @@ class Corpus:
         return Path(cache).expanduser() / f"{kind}-{digest}"
 
 
-def _encode(rows: Rows, vocab: Vocab, file: Path, label: str) -> SplitStats:
+def _encode(rows: Rows, vocab: Vocab, file: Path, label: str, num_proc: int | None) -> SplitStats:
     """Write the ids of all rows, and count them on the way."""
     dtype = TokenFile(file, len(vocab)).dtype
+
+    def encode(batch: pa.Array) -> tuple[NDArray[Any], int]:
+        ids = vocab.encode_rows(batch).astype(dtype)
+        return ids, len(ids)
+
     seen = np.zeros(len(vocab), np.int64)
     num_bytes = 0
     with file.open("wb") as stream:
-        for batch, ids in _each(rows, vocab.encode_rows, vocab.tokenizer.batch_bytes, label):
-            stream.write(ids.astype(dtype).data)
-            seen += np.bincount(ids, minlength=len(vocab))
+        size = vocab.tokenizer.batch_bytes
+        for batch, ids in each_batch(rows, encode, size, label, num_proc):
+            stream.write(ids.data)
+            np.add.at(seen, ids, 1)
             open_ended = pc.invert(pc.ends_with(batch, "\n"))
             num_bytes += pc.sum(pc.binary_length(batch)).as_py() + pc.sum(open_ended).as_py()
     counts = vocab.counts.numpy()
@@ -190,37 +208,6 @@ def _encode(rows: Rows, vocab: Vocab, file: Path, label: str) -> SplitStats:
         num_bytes=num_bytes,
         unigram_nats=float(seen @ nats),
     )
-
-
-def _each(
-    rows: Rows, work: Callable[[pa.Array], _Tokens], batch_bytes: int, label: str
-) -> Iterator[tuple[pa.Array, _Tokens]]:
-    """Each batch with what `work` makes of it, in order; some batches ahead, on a thread each.
-
-    The progress bar is on terminals alone. There is one on a machine, however many processes
-    train: only the process that holds the lock gets here.
-    """
-    begin, num_tokens = time.perf_counter(), 0
-    batches = rows.batches(batch_bytes)
-    ahead: deque[tuple[pa.Array, Future[_Tokens]]] = deque()
-    with (
-        ThreadPoolExecutor(_NUM_THREADS) as pool,
-        tqdm(
-            total=len(rows.column), desc=label, unit=" rows", unit_scale=True, disable=None
-        ) as bar,
-    ):
-        while True:
-            for batch in islice(batches, _NUM_THREADS + 1 - len(ahead)):
-                ahead.append((batch, pool.submit(work, batch)))
-            if not ahead:
-                return
-            batch, future = ahead.popleft()
-            tokens = future.result()
-            num_tokens += len(tokens)
-            rate = num_tokens / (time.perf_counter() - begin)
-            bar.set_postfix_str(f"{rate / 1e6:.1f} M tokens/s", refresh=False)
-            bar.update(len(batch))
-            yield batch, tokens
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> None:

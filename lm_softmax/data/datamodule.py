@@ -1,7 +1,7 @@
 """`TextDataModule`: a corpus as batches for Lightning."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,8 +12,10 @@ from lm_softmax.data.batching import (
     EpochSampler,
     ResumableLoader,
     StreamBatches,
+    TokenBatch,
     TokenBatches,
 )
+from lm_softmax.data.streaming import StreamLoader, StreamParts, gather_objects
 from lm_softmax.kernels import warm_up
 from lm_softmax.parallel import Replica
 from lm_softmax.vocab import Vocab
@@ -26,6 +28,12 @@ class TextDataModule(LightningDataModule):
     comes first, and kept in a cache (see `lm_softmax.corpus.Corpus`). Every token of a split is a
     target exactly once an epoch, over all processes. Validation and test are read as streams with
     carried state.
+
+    With `streaming`, train is read as it comes, from the hub or from files here, and no copy of it
+    is kept: its shards (files, row groups of Parquet files) are shared out to processes and their
+    workers, and each row of a batch takes runs of 32 blocks from its worker's share. Processes that
+    run out of text before others get batches of ignored targets. Validation and test are token
+    files as ever.
 
     Args:
         path: "python-stdlib" (the source of Python's standard library, which is on every machine),
@@ -57,6 +65,11 @@ class TextDataModule(LightningDataModule):
             `~/.cache/lm_softmax` if None.
         seed: Of the order of blocks.
         num_workers: Processes that make batches beside each training process.
+        num_proc: Cores that count and encode the text, all that there are if None.
+        streaming: Train on text as it comes, without a copy on this machine; needs
+            `trainer.max_steps`, since nobody knows how many steps an epoch has.
+        vocab_tokens: Tokens from the beginning of train that the vocabulary of a stream is counted
+            from, 100,000,000 if None; `vocab_path` gives one that is counted already.
 
     Raises:
         ValueError: For options that cannot be; what is wrong with the corpus shows when it is read.
@@ -81,6 +94,9 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        num_proc: int | None = None,
+        streaming: bool = False,
+        vocab_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size, block_size) < 1:
@@ -92,18 +108,34 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"batching={batching!r} is neither 'stream' nor 'blocks'")
         if num_workers < 0 or seed < 0:
             raise ValueError(f"num_workers={num_workers} and seed={seed} must not be negative")
+        for option, value in (("num_proc", num_proc), ("vocab_tokens", vocab_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option}={value} must be at least 1")
+        if vocab_tokens is not None and not streaming:
+            raise ValueError(
+                f"vocab_tokens={vocab_tokens} is for streaming=true: all of train is counted"
+            )
+        if streaming and batching != "stream":
+            raise ValueError(
+                f"batching={batching!r} shuffles all of train, which a stream does not have: leave"
+                " it at 'stream'"
+            )
         self.save_hyperparameters(logger=False)
         self.batching, self.seed, self.num_workers = batching, seed, num_workers
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.block_size = block_size
         self._corpus = Corpus(
-            Source(path, name, data_files, text_column, validation_fraction),
+            Source(path, name, data_files, text_column, validation_fraction, streaming),
             tokenizer=tokenizer,
             max_vocab_size=max_vocab_size,
             min_count=min_count,
             vocab_path=vocab_path,
             cache_dir=cache_dir,
+            **({} if vocab_tokens is None else {"vocab_tokens": vocab_tokens}),
+            num_proc=num_proc,
         )
+        self.streaming = streaming
+        self._stream_loader: StreamLoader | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -114,10 +146,13 @@ class TextDataModule(LightningDataModule):
         """Size of "train", "validation" or "test", and how well a unigram model predicts it."""
         return self._corpus.stats(split)
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Batches of train, as `batching` says."""
-        tokens = self._corpus.tokens("train")
         shape = self._shape("batch_size", self.batch_size)
+        if self.streaming:
+            self._stream_loader = self._streamed(shape)
+            return self._stream_loader
+        tokens = self._corpus.tokens("train")
         if self.batching == "stream":
             return self._loader(StreamBatches(tokens, self.vocab.eos_id, **shape))
         return self._loader(BlockBatches(tokens, self.vocab.eos_id, seed=self.seed, **shape))
@@ -133,6 +168,41 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """Streams of test."""
         return self._streams("test")
+
+    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+        """Take note of the batch of a training step."""
+        if self._stream_loader is not None and self.trainer is not None and self.trainer.training:
+            self._stream_loader.note_use()
+        return batch
+
+    def _streamed(self, shape: dict[str, int]) -> StreamLoader:
+        """Train as it comes.
+
+        Raises:
+            ValueError: If the training has no end, or there is too little to share.
+        """
+        if self.trainer is not None and self.trainer.max_steps < 0:
+            raise ValueError(
+                "streaming=true, so nobody knows how many steps an epoch has: set trainer.max_steps"
+            )
+        workers = max(1, self.num_workers)
+        rows, everyone = shape["batch_size"] // shape["world_size"], shape["world_size"] * workers
+        if rows % workers:
+            raise ValueError(
+                f"the {rows} rows of a process cannot be shared evenly by num_workers={workers}:"
+                f" make batch_size={self.batch_size} a multiple of {everyone}"
+            )
+        stream = self._corpus.source.stream("train").at_least(everyone)
+        parts = StreamParts(stream, self.vocab, **shape, num_workers=workers)
+        return StreamLoader(parts, self._largest, gather_objects, **self._loader_options())
+
+    def _largest(self, number: int) -> int:
+        """The largest of a number over all processes."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return number
+        strategy = self.trainer.strategy
+        own = torch.tensor(number, device=strategy.root_device)
+        return int(strategy.reduce(own, reduce_op="max"))
 
     def _streams(self, split: str) -> ResumableLoader:
         shape = self._shape("eval_batch_size", self.eval_batch_size)
@@ -159,12 +229,17 @@ class TextDataModule(LightningDataModule):
             batches,
             sampler=EpochSampler(batches),
             batch_size=None,
-            num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_start_worker,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each pass draws a number from training's
+            **self._loader_options(),
         )
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "worker_init_fn": _start_worker,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator(),  # else each pass draws a number from training's
+        }
 
 
 def _start_worker(_: int) -> None:

@@ -17,45 +17,15 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm_softmax.vocab.counting import ranks
 from lm_softmax.vocab.hub import one_line
+from lm_softmax.vocab.symbols import SymbolIndex
 from lm_softmax.vocab.tokenization import from_state_dict
 from lm_softmax.vocab.tokenizer import LINE_END, Tokenizer
 
-_FORMAT = 1
-_KEYS = {"tokens", "counts", "unk_id", "eos_id", "tokenizer", "original_ids"}  # of a state
-_MERGE_AT = 2**21  # symbols
+_FORMAT = 2
+_KEYS = {"tokens", "lengths", "counts", "unk_id", "eos_id", "tokenizer", "original_ids"}
 _MISSING_UNK = -2  # symbol of an `<unk>` that the tokenizer does not have
-
-
-class SymbolCounter:
-    """Counts symbols batch by batch, as `collections.Counter.update` does, in Arrow."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[pa.Array, NDArray[np.int64]]] = []
-        self._pending = 0
-
-    def update(self, symbols: pa.Array) -> None:
-        """Count each element of a flat array."""
-        encoded = symbols.dictionary_encode()
-        counts = np.bincount(encoded.indices.to_numpy(), minlength=len(encoded.dictionary))
-        self._seen.append((encoded.dictionary, counts))
-        self._pending += len(counts)
-        if self._pending > max(_MERGE_AT, 2 * len(self._seen[0][1])):  # linear in all, amortised
-            self._merge()
-
-    def result(self) -> tuple[pa.Array, NDArray[np.int64]]:
-        """The distinct symbols in the order of their first appearance, and their counts."""
-        if not self._seen:
-            return pa.array([], pa.large_string()), np.zeros(0, np.int64)
-        self._merge()
-        return self._seen[0]
-
-    def _merge(self) -> None:
-        symbols = pa.concat_arrays([symbols for symbols, _ in self._seen]).dictionary_encode()
-        counts = np.zeros(len(symbols.dictionary), np.int64)
-        np.add.at(counts, symbols.indices.to_numpy(), np.concatenate([c for _, c in self._seen]))
-        self._seen = [(symbols.dictionary, counts)]
-        self._pending = 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +36,7 @@ class Vocab:
     ranked by how often they occur.
 
     Attributes:
-        tokens: Token of each id.
+        names: Token of each id, `large_string`.
         counts: Occurrences in the training text, never increasing, shape `(vocab_size,)`.
         unk_id: Id of unknown words; None if the tokenizer has an encoding for every text.
         eos_id: Id of the end of a line (words) or of a row (Hugging Face tokenizers).
@@ -75,7 +45,7 @@ class Vocab:
             negative for a special that the tokenizer lacks; None for word tokenizers.
     """
 
-    tokens: list[str]
+    names: pa.Array
     counts: Int[Tensor, "vocab"]
     unk_id: int | None
     eos_id: int
@@ -88,6 +58,7 @@ class Vocab:
         tokenizer: Tokenizer,
         symbols: pa.Array,
         counts: NDArray[np.int64],
+        num_folded: int = 0,
         *,
         max_vocab_size: int | None = None,
         min_count: int = 1,
@@ -102,6 +73,7 @@ class Vocab:
             tokenizer: What cut the text.
             symbols: Distinct symbols of the training text.
             counts: How often each occurs there.
+            num_folded: Occurrences of what `symbols` leaves out because these limits fold it.
             max_vocab_size: Most tokens to keep, `<unk>` and `<eos>` among them.
             min_count: Tokens that occur less often are folded, save `<unk>` and `<eos>`.
 
@@ -113,35 +85,36 @@ class Vocab:
         special = _is_any(names, [tokenizer.eos, tokenizer.unk])
         rare = ~special & (counts < min_count) if min_count > 1 else np.zeros(len(names), bool)
         unk = tokenizer.unk
-        if unk is None and (rare.any() or len(names) > (max_vocab_size or len(names))):
+        strings = pa.types.is_large_string(symbols.type)
+        too_many = len(names) > (max_vocab_size or len(names))
+        if unk is None and (too_many or rare.any() or num_folded):
             unk = "<unk>"
             names = pa.concat_arrays([names, pa.array([unk], names.type)])
             symbols = pa.concat_arrays([symbols, pa.array([_MISSING_UNK], symbols.type)])
             counts, rare = np.append(counts, 0), np.append(rare, False)
             special = np.append(special, True)
 
-        order = _ranks(names, counts)
+        order = ranks(names, counts)
         ordinary = (~special & ~rare)[order]
         room = len(names) if max_vocab_size is None else max_vocab_size - int(special.sum())
         kept = order[special[order] | (ordinary & (np.cumsum(ordinary) <= room))]
-        names, symbols, folded = names.take(kept), symbols.take(kept), counts.sum()
-        counts = counts[kept]
+        total, counts = counts.sum() + num_folded, counts[kept]
+        names = names.take(pa.array(kept))
         if unk is not None:
-            counts[pc.index(names, unk).as_py()] += folded - counts.sum()
-            order = _ranks(names, counts)
-            names, symbols, counts = names.take(order), symbols.take(order), counts[order]
-        strings = pa.types.is_large_string(symbols.type)
+            counts[pc.index(names, unk).as_py()] += total - counts.sum()
+            order = ranks(names, counts)
+            names, kept, counts = names.take(pa.array(order)), kept[order], counts[order]
         return cls(
-            tokens=names.to_pylist(),
+            names=names,
             counts=torch.from_numpy(counts),
             unk_id=None if unk is None else pc.index(names, unk).as_py(),
             eos_id=pc.index(names, tokenizer.eos).as_py(),
             tokenizer=tokenizer,
-            original_ids=None if strings else torch.from_numpy(symbols.to_numpy().copy()),
+            original_ids=None if strings else torch.from_numpy(symbols.to_numpy()[kept]),
         )
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.names)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocab) and self.fingerprint == other.fingerprint
@@ -153,12 +126,20 @@ class Vocab:
         return f"Vocab({len(self):,} tokens of {int(self.counts.sum()):,} counted)"
 
     @cached_property
+    def tokens(self) -> list[str]:
+        """Token of each id as Python's strings, which take some hundred bytes each."""
+        return list(self.names.to_pylist())
+
+    @cached_property
     def _symbols(self) -> pa.Array:
         if self.original_ids is not None:
             return pa.array(self.original_ids.numpy())
-        tokens = [*self.tokens]
-        tokens[self.eos_id] = LINE_END
-        return pa.array(tokens, pa.large_string())
+        end = pa.array([LINE_END], pa.large_string())
+        return pa.concat_arrays([self.names[: self.eos_id], end, self.names[self.eos_id + 1 :]])
+
+    @cached_property
+    def _index(self) -> SymbolIndex:
+        return SymbolIndex(self._symbols)
 
     def encode_rows(self, rows: pa.Array) -> NDArray[np.int64]:
         """Ids of rows of text, one after the other, each ended by `<eos>`.
@@ -184,10 +165,11 @@ class Vocab:
         return [int(i) for i in self._ids(self.tokenizer.open_symbols(text))]
 
     def _ids(self, symbols: pa.Array) -> NDArray[np.int64]:
-        ids = pc.index_in(symbols, value_set=self._symbols)
+        encoded = symbols.dictionary_encode()
+        ids = self._index.find(encoded.dictionary)
         if self.unk_id is not None:
-            ids = ids.fill_null(self.unk_id)
-        return np.asarray(ids.to_numpy(), np.int64)
+            ids[ids < 0] = self.unk_id
+        return ids[encoded.indices.to_numpy()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids: words joined by blanks, or what the Hugging Face tokenizer makes of them.
@@ -199,17 +181,21 @@ class Vocab:
     @cached_property
     def fingerprint(self) -> str:
         """The same for equal vocabularies, in any process: tokens, counts and tokenizer."""
-        names = [self.tokens, self.unk_id, self.eos_id, self.tokenizer.state_dict()]
+        names = [self.unk_id, self.eos_id, self.tokenizer.state_dict()]
         digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16)
-        for tensor in (self.counts, self.original_ids):
-            digest.update(b"" if tensor is None else tensor.numpy().astype("<i8").tobytes())
+        text, lengths = _text(self.names)
+        digest.update(text.data)
+        for numbers in (lengths, self.counts.numpy(), self.original_ids):
+            digest.update(b"" if numbers is None else np.asarray(numbers, "<i8").data)
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain strings, numbers and tensors, with all that `from_state_dict` needs."""
+        text, lengths = map(torch.from_numpy, _text(self.names))
         return {
             "format": _FORMAT,
-            "tokens": json.dumps(self.tokens),  # a list loads ten times slower
+            "tokens": text,  # strings of Python would load a hundred times slower
+            "lengths": lengths,
             "counts": self.counts,
             "unk_id": self.unk_id,
             "eos_id": self.eos_id,
@@ -222,7 +208,7 @@ class Vocab:
         """The vocabulary whose `state_dict` this is.
 
         Raises:
-            ValueError: If a newer version of lm_softmax wrote it.
+            ValueError: If another version of lm_softmax wrote it, or it is damaged.
         """
         if state["format"] != _FORMAT:
             raise ValueError(
@@ -230,7 +216,7 @@ class Vocab:
                 " use the version of lm_softmax that wrote it"
             )
         return cls(
-            tokens=json.loads(state["tokens"]),
+            names=_names(state["tokens"].numpy(), state["lengths"].numpy()),
             counts=state["counts"],
             unk_id=state["unk_id"],
             eos_id=state["eos_id"],
@@ -289,8 +275,23 @@ def _is_any(names: pa.Array, wanted: Sequence[str | None]) -> NDArray[np.bool_]:
     return np.asarray(pc.is_in(names, value_set=values).to_numpy(zero_copy_only=False))
 
 
-def _ranks(names: pa.Array, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places by descending count, then by code points (which is the order of UTF-8 bytes)."""
-    table = pa.table({"count": counts, "name": names})
-    keys = [("count", "descending"), ("name", "ascending")]
-    return np.asarray(pc.sort_indices(table, sort_keys=keys).to_numpy(), np.int64)
+def _text(names: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """All names one after the other in UTF-8, and how many bytes each has."""
+    _, offsets, data = names.buffers()
+    ends = np.frombuffer(offsets, np.int64)[names.offset : names.offset + len(names) + 1]
+    text = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
+    return text.copy(), np.diff(ends).astype(np.int32)
+
+
+def _names(text: NDArray[np.uint8], lengths: NDArray[np.int32]) -> pa.Array:
+    """The names that `_text` took apart.
+
+    Raises:
+        ValueError: If they are not whole.
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if (lengths < 0).any() or ends[-1] != len(text):
+        raise ValueError(f"the vocabulary is damaged: {len(text)} bytes of {ends[-1]}")
+    names = pa.LargeStringArray.from_buffers(len(lengths), pa.py_buffer(ends), pa.py_buffer(text))
+    names.validate(full=True)
+    return names

@@ -26,7 +26,7 @@ class WordTokenizer(Tokenizer):
         kind: "whitespace" or "words".
     """
 
-    batch_bytes = 16 * 2**20
+    batch_bytes = 4 * 2**20
     eos = "<eos>"
     unk = "<unk>"
 

@@ -1,33 +1,19 @@
 """What a checkpoint gives to the command line: defaults of options, and choices already made."""
 
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lm_softmax import factory
+from lm_softmax.cli.checkpoint_io import FOLDER, LAST, PREVIOUS, REQUEUED
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 from lm_softmax.module import LanguageModel
+from lm_softmax.vocab import load_archive
 
-NAMED = ("last", "best")
-ZIP_MAGIC = b"PK\x03\x04"
-# What reading a ZIP archive with flipped bits may end in: sizes, places, flags and names are wrong.
-DAMAGES = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
 PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
 
 
@@ -35,7 +21,7 @@ class Checkpoint:
     """A checkpoint of `LanguageModel`, read without running anything in it.
 
     Args:
-        path: The file, or "last" or "best" of a run.
+        path: The file, or "last" or "best" of a run. "last" is the newest one that is whole.
         run: The run's folder.
 
     Attributes:
@@ -44,32 +30,51 @@ class Checkpoint:
         hparams: The model's part of it.
         data_options: The options of the data module that it was trained on.
         unknown: What is wrong with classes that `defaults` had to leave out.
+        passed_over: What is wrong with newer ones than the one that "last" means.
 
     Raises:
-        ValueError: If there is no such file, or no language model in it.
+        ValueError: If there is no such file, it is damaged, or there is no language model in it.
     """
 
     def __init__(self, path: str, run: str | None) -> None:
-        self.path = Path(path)
-        if path in NAMED:
-            if run is None:
-                raise ValueError(f"--ckpt_path {path} needs the run's folder: add --run DIR")
-            self.path = Path(run, "checkpoints", f"{path}.ckpt")
-        if not self.path.is_file():
-            raise ValueError(f"no checkpoint {self.path}")
-        if _is_damaged(self.path):
-            raise ValueError(f"{self.path} is damaged or incomplete")
-        try:
-            self.content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in as many ways as there are formats
-            reason = str(error).split("\n")[0].split(". ")[0]
-            raise ValueError(f"cannot read the checkpoint {self.path}: {reason}") from error
+        self.unknown: list[str] = []
+        self.passed_over: list[str] = []
+        if path in ("last", "best") and run is None:
+            raise ValueError(f"--ckpt_path {path} needs the run's folder: add --run DIR")
+        if path == "last":
+            self._read_newest(Path(str(run)))
+        else:
+            self._read(Path(str(run), FOLDER, "best.ckpt") if path == "best" else Path(path))
+        self.hparams: dict[str, Any] = self.content["hyper_parameters"]
+        self.data_options: dict[str, Any] = self.content.get("datamodule_hyper_parameters", {})
+
+    @staticmethod
+    def candidates(run: Path) -> list[Path]:
+        """What a run may go on from, newest first."""
+        files = [run / FOLDER / name for name in (LAST, PREVIOUS)]
+        files = [file for file in [*files, *run.glob(REQUEUED)] if file.is_file()]
+        return sorted(files, key=lambda file: -file.stat().st_mtime_ns)
+
+    def _read_newest(self, run: Path) -> None:
+        files = self.candidates(run)
+        if not files:
+            raise ValueError(f"no checkpoint {run / FOLDER / LAST}")
+        for number, file in enumerate(files, start=1):
+            try:
+                self._read(file)
+                return
+            except ValueError as error:
+                if number == len(files):
+                    raise
+                self.passed_over.append(str(error))
+
+    def _read(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"no checkpoint {path}")
+        self.path, self.content = path, load_archive(path)
         hparams = self.content.get("hyper_parameters") if isinstance(self.content, dict) else None
         if not isinstance(hparams, dict) or not {*PARTS, "requested", "vocab"} <= set(hparams):
-            raise ValueError(f"{self.path} is not the checkpoint of a language model")
-        self.hparams: dict[str, Any] = hparams
-        self.unknown: list[str] = []
-        self.data_options: dict[str, Any] = self.content.get("datamodule_hyper_parameters", {})
+            raise ValueError(f"{path} is not the checkpoint of a language model")
 
     @property
     def step(self) -> int:
@@ -158,16 +163,3 @@ class Checkpoint:
             if factory.complete(factory.describe(model[name], name), base, name)
             == factory.complete(self.hparams["requested"][name], base, name)
         }
-
-
-def _is_damaged(path: Path) -> bool:
-    """Whether what began as a ZIP archive, as checkpoints are, lacks a part or fails its CRC."""
-    with path.open("rb") as file:
-        begin = file.read(len(ZIP_MAGIC))
-    if not ZIP_MAGIC.startswith(begin) and not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
-    except DAMAGES:
-        return True

@@ -1,6 +1,7 @@
 """From a corpus to token files on disk."""
 
 from lm_softmax.corpus.source import Source
-from lm_softmax.corpus.token_files import Corpus, SplitStats, TokenFile
+from lm_softmax.corpus.token_file import TokenFile, TokenWriter
+from lm_softmax.corpus.token_files import Corpus, SplitStats
 
-__all__ = ["Corpus", "Source", "SplitStats", "TokenFile"]
+__all__ = ["Corpus", "Source", "SplitStats", "TokenFile", "TokenWriter"]

@@ -5,9 +5,9 @@ linked or removed. They come in the same order each time, so that their numbers 
 """
 
 import csv
-import math
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,8 +23,8 @@ FILE_EVENTS = ("os.rename", "os.link", "os.remove")
 WRITES = os.O_WRONLY | os.O_RDWR
 CORPUS_WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "to", "mat", "it", "then", ";", "."]
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(MODULES)
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(MODULES)
 
 
 class Ended(NamedTuple):
@@ -77,19 +77,27 @@ def _child(args, folder, name, at, number, environment):
         file = os.open(f"{name}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream)
     torch.set_num_threads(1)
+    if limit := environment.get("LIMIT"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    if user := environment.get("USER_ID"):
+        os.setuid(int(user))
     events = _Events(at, number)
     try:
         cli.main([str(arg) for arg in args])
     finally:
         sys.stdout.flush()
-        Path(f"{name}.events").write_text(str(events.count))
+        if not limit and not user:
+            Path(f"{name}.events").write_text(str(events.count))
 
 
 def begin(*args, folder, at=0, number=signal.SIGKILL, name="said", **environment):
-    """A process that runs a command; signal `number` hits it at its event `at` (0: at none)."""
+    """A process that runs a command; signal `number` hits it at its event `at` (0: at none).
+
+    Of its environment, LIMIT is the largest size of a file, and USER_ID the user it becomes.
+    """
     Path(folder, f"{name}.events").unlink(missing_ok=True)
     options = (args, str(folder), name, at, number, environment)
-    process = _server.Process(target=_child, args=options)
+    process = server.Process(target=_child, args=options)
     process.start()
     return process
 
@@ -184,12 +192,17 @@ def write_config(folder, name, **changes):
     (folder / name).write_text(yaml.safe_dump(nested))
 
 
+def table(run):
+    """The rows of metrics.csv."""
+    with (run / "metrics.csv").open() as file:
+        return [*csv.DictReader(file)]
+
+
 def rows(run):
     """What metrics.csv has, without times and memory."""
-    with (run / "metrics.csv").open() as file:
-        table = [*csv.DictReader(file)]
     kept = [
-        {k: v for k, v in row.items() if v and not k.startswith(("perf/", "mem/"))} for row in table
+        {k: v for k, v in row.items() if v and not k.startswith(("perf/", "mem/"))}
+        for row in table(run)
     ]
     return [row for row in kept if set(row) - {"step", "epoch"}]
 
@@ -229,9 +242,8 @@ def differences(one, other, path=""):
             return [path]
         pairs = enumerate(zip(one, other, strict=True))
         return [place for i, (a, b) in pairs for place in differences(a, b, f"{path}[{i}]")]
-    if isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other):
-        return []
-    return [] if one == other else [path]
+    nan = isinstance(one, float) and isinstance(other, float) and one != one and other != other
+    return [] if nan or one == other else [path]
 
 
 def assert_same_run(run, whole):

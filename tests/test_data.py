@@ -200,7 +200,7 @@ def test_the_rest_of_an_epoch_is_that_of_the_same_batches(kind, name, other):
         goes_on.load_state_dict(begun.state_dict())
         assert len([*goes_on]) == len(begun) - 3
         return
-    with pytest.raises(ValueError, match="text would be left out or repeated: .* was .*, is "):
+    with pytest.raises(ValueError, match=r"text would be left out or repeated: .* was .*, is "):
         goes_on.load_state_dict(begun.state_dict())
     assert len([*iterator]) == len(begun) - 3
     goes_on.load_state_dict(begun.state_dict())  # between two epochs it may change

@@ -519,7 +519,7 @@ def test_a_nan_stops_the_training_and_says_so():
 
 
 class NanOnce(FullSoftmax):
-    """Its fourth training loss is no number, with finite gradients, as that of a wild target on a GPU."""
+    """Its fourth training loss is no number, as that of a wild target on a GPU."""
 
     calls, value = 0, torch.nan
 

@@ -46,9 +46,10 @@ class LastCheckpoint(ModelCheckpoint):
                 file.unlink()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing is trained yet."""
+        """Nothing is trained yet; what the run goes on from is there."""
         super().on_train_start(trainer, pl_module)
         self._trained = self._in_step = False
+        self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """From here on, until the batch ends, the state is neither that before nor that after."""
@@ -86,6 +87,7 @@ class LastCheckpoint(ModelCheckpoint):
             return
         for counts in (progress["total"], progress["current"]):
             counts.update(dict.fromkeys(counts, counts["completed"]))
+        progress["is_last_batch"] = False
         for loader in loop["state_dict"].get("combined_loader", []):
             if "given" in loader:  # the position of `TextDataModule`'s loader
                 loader["given"] = done

@@ -62,14 +62,20 @@ class Table(ExperimentWriter):
             self._replace(self.metrics_keys, rows)
 
     def save(self) -> None:
-        """Appends the rows that were logged."""
+        """Appends the rows that were logged.
+
+        Raises:
+            ValueError: If the disk refuses.
+        """
         if not self.metrics:
             return
-        new_columns = bool(self._record_new_keys())
-        if new_columns:
-            self._replace(self.metrics_keys, self.rows())
-        with self._file.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+        try:
+            if self._record_new_keys():
+                self._replace(self.metrics_keys, self.rows())
+            with self._file.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+        except OSError as error:
+            raise ValueError(f"cannot write {self._file}: {error.strerror or error}") from error
         self.num_rows += len(self.metrics)
         self.metrics = []
 

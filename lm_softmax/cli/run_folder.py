@@ -104,11 +104,13 @@ class RunFolder:
         else:
             kept = rows[:num_rows]
         table.experiment.keep(kept)
-        for row in kept:
-            values = {n: float(value) for n, value in row.items() if value and n != "step"}
-            for logger in loggers:
-                if isinstance(logger, TensorBoardLogger) and int(row["step"]) >= step:
-                    logger.log_metrics(values, int(row["step"]))
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.purge_step = None  # done; a writer opened anew would do it again
+                for row in kept:
+                    values = {n: float(v) for n, v in row.items() if v and n != "step"}
+                    if int(row["step"]) >= step:
+                        logger.log_metrics(values, int(row["step"]))
 
     @rank_zero_only
     def remove(self, *, only_empty: bool = False) -> None:

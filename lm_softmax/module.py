@@ -298,6 +298,9 @@ class LanguageModel(LightningModule):
         self._watch.clear()
         if not moments or self.trainer.ckpt_path is None:
             return
+        # A schedule that asks for the number of steps has Lightning make the loaders before it
+        # knows of the checkpoint, and forget their positions.
+        self.trainer.fit_loop._load_combined_loader_states()
         mine = moment.own(moments, self.trainer.world_size, self.trainer.global_rank)
         if mine["random"] is not None:
             moment.set_random_numbers(mine["random"], self.device)

@@ -102,7 +102,7 @@ def begin(*args, folder, at=0, number=signal.SIGKILL, name="said", **environment
     return process
 
 
-def end(process, *, folder, name="said", timeout=120):
+def end(process, *, folder, name="said", timeout=300):
     """Waits for the end of a process."""
     process.join(timeout)
     if process.is_alive():
@@ -136,7 +136,7 @@ def call_ranks(*args, folder, world_size, kill=(), number=signal.SIGKILL):
             begin(*args, *options, folder=folder, **own, **common, LOCAL_RANK=str(rank))
         )
     if kill and number == signal.SIGKILL:
-        processes[0].join(120)
+        processes[0].join(300)
         for process in processes[1:]:
             process.kill()
     return [end(p, folder=folder, name=f"rank{rank}") for rank, p in enumerate(processes)]
@@ -217,6 +217,7 @@ def scalars(run):
 def state(run, name="last"):
     """What a checkpoint holds, but times and the names of files."""
     content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    del content["hyper_parameters"]["requested"]  # a resumed run asks for what was chosen before
     for key, callback in content["callbacks"].items():
         if key.startswith(("StepTimeMonitor", "RunSummary", "ModelCheckpoint", "LastCheckpoint")):
             for part in [*callback]:

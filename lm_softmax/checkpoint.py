@@ -1,28 +1,13 @@
 """A checkpoint of a language model as a file, read without running anything in it."""
 
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
+from lm_softmax.vocab import load_archive
 
 PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
-ZIP_MAGIC = b"PK\x03\x04"
-# What reading a ZIP archive with flipped bits may end in: sizes, places, flags and names are wrong.
-DAMAGES = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
 
 
 class Checkpoint:
@@ -38,20 +23,14 @@ class Checkpoint:
         data_options: The options of the data module that it was trained on.
 
     Raises:
-        ValueError: If there is no such file, or no language model in it.
+        ValueError: If there is no such file, it is damaged, or there is no language model in it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"no checkpoint {self.path}")
-        if _is_damaged(self.path):
-            raise ValueError(f"{self.path} is damaged or incomplete")
-        try:
-            self.content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in as many ways as there are formats
-            reason = str(error).split("\n")[0].split(". ")[0]
-            raise ValueError(f"cannot read the checkpoint {self.path}: {reason}") from error
+        self.content = load_archive(self.path)
         hparams = self.content.get("hyper_parameters") if isinstance(self.content, dict) else None
         if not isinstance(hparams, dict) or not {*PARTS, "requested", "vocab"} <= set(hparams):
             raise ValueError(f"{self.path} is not the checkpoint of a language model")
@@ -62,16 +41,3 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps that were done."""
         return int(self.content["global_step"])
-
-
-def _is_damaged(path: Path) -> bool:
-    """Whether what began as a ZIP archive, as checkpoints are, lacks a part or fails its CRC."""
-    with path.open("rb") as file:
-        begin = file.read(len(ZIP_MAGIC))
-    if not ZIP_MAGIC.startswith(begin) and not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
-    except DAMAGES:
-        return True

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lm_softmax import factory, gradients, parallel
+from lm_softmax import divergence, factory, gradients, moment, parallel
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 from lm_softmax.metrics import Perplexity
@@ -41,11 +41,12 @@ class LanguageModel(LightningModule):
     checkpoint holds the factories as plain data, with every choice that was derived from the data,
     beside vocabulary, counts and weights: `LanguageModel.load_from_checkpoint(path)` needs
     nothing else, and the file loads with `torch.load(path, weights_only=True)`. A training that
-    resumes goes on with the random numbers and the carried state of the file where one process
-    wrote it and one reads it; several have states of their own, which it does not hold.
+    resumes goes on with the random numbers, the carried state and the accumulated gradients of
+    each process; among another number of processes the rows of the state are dealt anew.
 
-    A loss that was nan at any step stops the training: at the next step that is logged, at the end
-    of the epoch, and before a checkpoint is written.
+    A loss that was nan or infinite at any step stops the training: at the next step that is logged,
+    at the end of the epoch, and before a checkpoint is written; so do weights that are not finite
+    when a checkpoint is to be written.
 
     Logs `train/loss` (nats a target, over all ranks and accumulated batches), `val/nll` and
     `test/nll` (nats a token), `val/ppl` and `test/ppl`.
@@ -103,10 +104,11 @@ class LanguageModel(LightningModule):
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._states: dict[str, tuple[int, Any]] = {}  # stage: (batch size, encoder state)
-        self._moment: dict[str, Any] = {}  # of the checkpoint to go on from
+        self._moments: list[dict[str, Any]] = []  # of the checkpoint to go on from, by rank
         # [nats, targets, positions] over all ranks, a tensor a micro-batch
         self._window: list[Tensor] = []
-        self._unchecked: tuple[int, Tensor] | None = None  # summed nats from a step on
+        hint = f"or a target on the GPU is not in [0, {len(counts)})"
+        self._watch = divergence.LossWatch(hint)
 
         self.save_hyperparameters(
             {
@@ -126,10 +128,11 @@ class LanguageModel(LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """The model of a checkpoint; see `LightningModule.load_from_checkpoint`.
 
-        A file cannot choose what makes the model, which Lightning would let it do by name.
+        A file cannot choose what makes the model, which Lightning would let it do by name, and is
+        never unpickled.
         """
         return super().load_from_checkpoint(
-            checkpoint_path, *args, **kwargs | {"_instantiator": None}
+            checkpoint_path, *args, **kwargs | {"_instantiator": None, "weights_only": True}
         )
 
     def setup(self, stage: str) -> None:
@@ -186,8 +189,9 @@ class LanguageModel(LightningModule):
         total = torch.stack([loss.detach(), targets.to(loss.dtype), positions])
         total = parallel.summed(total, self.trainer)
         self._window.append(total)
-        since, nats = self._unchecked or (self.global_step, 0.0)
-        self._unchecked = since, nats + total[0]
+        rate = divergence.learning_rate(self.trainer.optimizers)
+        place = divergence.Position(self.global_step, self.current_epoch, batch_idx, rate)
+        self._watch.add(total[0], place)
         self._log_loss()
         divisor = self._window[0][2 if self.trainer.accumulate_grad_batches > 1 else 1]
         scale = parallel.Replica.of(self.trainer).size / divisor.clamp(min=1)
@@ -244,7 +248,7 @@ class LanguageModel(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Stops a training whose loss was nan since the last step that was logged."""
-        self._stop_at_nan()
+        self._watch.check()
 
     def on_validation_epoch_start(self) -> None:
         """A new pass over the text, and no sums of an interrupted one."""
@@ -269,13 +273,14 @@ class LanguageModel(LightningModule):
         self._log_perplexity("test", self.test_perplexity)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the next step depends on beside the weights: random numbers, carried state.
+        """Adds what the next step depends on beside the weights, of each process.
 
         Raises:
-            ValueError: If the loss was nan, or the head was replaced by one of another class, which
-                the file could not be loaded with.
+            ValueError: If the loss or a weight was nan or infinite, or the head was replaced by one
+                of another class, which the file could not be loaded with.
         """
-        self._stop_at_nan()
+        self._watch.check()
+        self._check_weights()
         spec = self.hparams["requested"]["head"]
         expected = cast(type, factory.find_class(spec["class_path"], OutputHead, "head"))
         if not isinstance(self.head, expected):  # sharded heads are of a subclass
@@ -286,32 +291,37 @@ class LanguageModel(LightningModule):
         # anew: a head without its latent matrix has another structure than the one it came from
         pinned = factory.pinned(spec, self.head, OutputHead, "head")
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["head"] = pinned
-        if self.trainer.world_size > 1:  # the other processes have their own
-            return
-        checkpoint["moment"] = {
-            "cpu_random": torch.get_rng_state(),
-            "state": self._states.get("train"),
+        rows, state = self._states.get("train", (0, None))
+        mine = {
+            "random": moment.random_numbers(self.device),
+            "state": (rows, moment.detached(state, "cpu")),
+            "window": [part.cpu() for part in self._window],
+            "gradients": moment.accumulated(self) if self._window else {},
         }
-        if self.device.type == "cuda":
-            checkpoint["moment"]["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        ranks = self.trainer.world_size, self.trainer.global_rank
+        checkpoint["moments"] = moment.gathered(mine, *ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the weights of another structure or vocabulary in one line."""
         self.check_checkpoint(checkpoint)
-        self._moment = checkpoint.get("moment", {})
+        self._moments = checkpoint.get("moments", [])
 
     def on_train_start(self) -> None:
         """Goes on from the moment of the checkpoint that the training resumes from."""
-        moment, self._moment = self._moment, {}
-        self._unchecked = None
-        if not moment or self.trainer.ckpt_path is None or self.trainer.world_size > 1:
+        moments, self._moments = self._moments, []
+        self._watch.clear()
+        if not moments or self.trainer.ckpt_path is None:
             return
-        torch.set_rng_state(moment["cpu_random"].cpu())
-        if self.device.type == "cuda" and "cuda_random" in moment:
-            torch.cuda.set_rng_state(moment["cuda_random"].cpu(), self.device)
-        if moment.get("state") is not None:
-            size, state = moment["state"]
-            self._states["train"] = (size, _detached(state, self.device))
+        # A schedule that asks for the number of steps has Lightning make the loaders before it
+        # knows of the checkpoint, and forget their positions.
+        self.trainer.fit_loop._load_combined_loader_states()
+        mine = moment.own(moments, self.trainer.world_size, self.trainer.global_rank)
+        if mine["random"] is not None:
+            moment.set_random_numbers(mine["random"], self.device)
+        rows, state = mine["state"]
+        self._states["train"] = (rows, moment.detached(state, self.device))
+        self._window = [part.to(self.device) for part in mine["window"]]
+        moment.set_accumulated(self, mine["gradients"])
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Compares structure and vocabulary of a checkpoint with this model's.
@@ -345,7 +355,7 @@ class LanguageModel(LightningModule):
         if not batch.carry or before != size:
             state = None
         hidden, state = self.encoder(batch.tokens, state)
-        self._states[stage] = (size, _detached(state, hidden.device))
+        self._states[stage] = (size, moment.detached(state, hidden.device))
         return hidden
 
     def _log_loss(self) -> None:
@@ -353,29 +363,22 @@ class LanguageModel(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every < 1 or (self.global_step + 1) % every:
             return
-        self._stop_at_nan()
+        self._watch.check()
         # On the host, or the progress bar waits for the device each time it is drawn.
         nats, targets, _ = torch.stack(self._window).sum(0).cpu()
         self.log("train/loss", nats / targets.clamp(min=1), prog_bar=True, batch_size=1)
 
-    def _stop_at_nan(self) -> None:
-        """Looks at the loss of all steps since the last look, which waits for the device.
-
-        Raises:
-            ValueError: If one was nan. It is not forgotten: no checkpoint follows.
-        """
-        if self._unchecked is None:
-            return
-        since, nats = self._unchecked
-        if nats.isnan():
-            last = self.global_step
-            when = f"at step {last}" if since == last else f"between steps {since} and {last}"
+    def _check_weights(self) -> None:
+        """Raises a ValueError if a weight is nan or infinite, in any process."""
+        bad, fine = divergence.not_finite(self), True
+        if self.trainer.world_size > 1:
+            fine = self.trainer.strategy.reduce_boolean_decision(not bad)
+        if bad or not fine:
+            rate = divergence.learning_rate(self.trainer.optimizers)
             raise ValueError(
-                f"train/loss is nan {when}: training diverged (lower the learning rate or set "
-                f"trainer.gradient_clip_val), or a target on the GPU is not in "
-                f"[0, {self.head.vocab_size})"
+                f"weights are not finite after {self.global_step} steps (learning rate {rate}):"
+                f" {', '.join(bad[:3]) or 'those of another process'}; {divergence.ADVICE}"
             )
-        self._unchecked = None
 
     def _evaluate(self, batch: Batch, stage: str, perplexity: Perplexity) -> None:
         log_prob = self.head.log_prob(self._encode(batch, stage), batch.target)
@@ -385,13 +388,6 @@ class LanguageModel(LightningModule):
         self.log(f"{stage}/nll", perplexity.nll(), sync_dist=True)  # equal on all ranks already
         self.log(f"{stage}/ppl", perplexity.compute(), prog_bar=True, sync_dist=True)
         perplexity.reset()
-
-
-def _detached(state: Any, device: torch.device) -> Any:
-    """A nested state without its graph."""
-    if isinstance(state, tuple):
-        return tuple(_detached(item, device) for item in state)
-    return None if state is None else state.detach().to(device)
 
 
 def _options(hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -376,7 +376,7 @@ FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
         (["predict", "--ckpt_path", TRAINED, "--num_tokens=-1"], "num_tokens: "),
         (["fit", "--num_tokens=1"], "no option --num_tokens; nearest: "),
         (["validate", "--ckpt_path", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
-        (["validate", "--ckpt_path", "tiny.yaml"], "cannot read the checkpoint tiny.yaml: "),
+        (["validate", "--ckpt_path", "tiny.yaml"], "cannot read 'tiny.yaml': "),
         (["validate", "--ckpt_path", "other.pt"], "other.pt is not the checkpoint of a language m"),
     ],
 )
@@ -595,24 +595,19 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
     assert path.parent.is_dir() is False or not any(path.parent.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")
-@pytest.mark.parametrize("killed", ["in a row", "before the rewrite", "in the rewrite"])
-def test_metrics_that_a_kill_cut_off_are_read(killed, tmp_path):
-    whole, cut = "epoch,step,train/loss\n0,0,2.5\n0,1,2.25\n0,12,2.0\n", "0,2"
-    file, partial = tmp_path / "metrics.csv", tmp_path / "metrics.csv.partial"
-    if killed == "in a row":
+def test_metrics_that_a_kill_cut_off_are_read(tmp_path):
+    whole, cut = "epoch,step,train/loss\n0,0,2.5\n0,1,2.25\n0,5,2.125\n0,12,2.0\n", "0,2"
+    file = tmp_path / "metrics.csv"
+    for num_rows, kept in ((None, ["0", "1"]), (3, ["0", "1", "5"]), (9, ["0", "1", "5", "12"])):
         file.write_text(whole + cut)
-    else:
-        partial.write_text(whole)
-    if killed == "in the rewrite":
-        file.write_text("epoch,step,train/loss\n0,0,2.5\n")
-    folder = RunFolder(tmp_path, resumes=True)
-    folder.keep_rows(folder.loggers(5), 5)
-    assert [(row["step"], row["train/loss"]) for row in rows(tmp_path)] == [
-        ("0", "2.5"),
-        ("1", "2.25"),
-    ]
-    assert not partial.exists()
+        folder = RunFolder(tmp_path, resumes=True)
+        loggers = folder.loggers(5)
+        folder.keep_rows(loggers, num_rows, 5)
+        assert [row["step"] for row in rows(tmp_path)] == kept
+        loggers[1].log_metrics({"train/loss": 1.5, "val/ppl": 7.0}, 6)  # a new column
+        assert [row["step"] for row in rows(tmp_path)] == [*kept, "6"]
+        assert rows(tmp_path)[1]["train/loss"] == "2.25"
+        assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.csv"]
 
 
 def test_a_path_into_the_run_brings_its_config(place):

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -22,6 +24,8 @@ from lm_softmax.corpus import (
     Corpus,
     Source,
     SplitStats,
+    TokenFile,
+    TokenWriter,
     rows,
     source,
     stdlib,
@@ -448,16 +452,17 @@ def test_bytes_are_counted_with_one_line_end_a_row(tmp_path):
     [(256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (2**32, "uint32")],
 )
 def test_ids_take_the_smallest_type_that_holds_the_vocabulary(tmp_path, vocab_size, dtype):
-    ids = np.array([0, min(vocab_size, 2**32) - 1], dtype)
-    ids.tofile(tmp_path / "tokens.bin")
-    tokens = token_files.TokenFile(tmp_path / "tokens.bin", vocab_size)
+    with TokenWriter(tmp_path / "tokens.bin", vocab_size) as writer:
+        writer.append(np.array([0, vocab_size - 1]))
+    tokens = TokenFile(tmp_path / "tokens.bin")
     assert tokens.dtype == dtype
     assert tokens[:].tolist() == [0, vocab_size - 1]
 
 
 def test_workers_are_given_the_name_of_the_file(tmp_path):
-    np.zeros(10**6, np.uint8).tofile(tmp_path / "tokens.bin")
-    tokens = token_files.TokenFile(tmp_path / "tokens.bin", 200)
+    with TokenWriter(tmp_path / "tokens.bin", 200) as writer:
+        writer.append(np.zeros(10**6, np.int64))
+    tokens = TokenFile(tmp_path / "tokens.bin")
     assert len(tokens) == 10**6
     sent = pickle.dumps(tokens)
     assert len(sent) < 1000
@@ -567,6 +572,66 @@ def test_what_a_killed_process_left_is_in_nobody_s_way(corpus):
     (partial / "tokens.bin").write_bytes(b"half")
     assert len(corpus.tokens("train")) == 11
     assert not partial.exists()
+
+
+def damages(whole):
+    """What may become of a file: name, and its bytes."""
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    yield "one bit", bytes(flipped)
+    yield "cut off", whole[:-1]
+    yield "header alone", whole[:4096]
+    yield "half a header", whole[:50]
+    yield "empty", b""
+    yield "one more", whole + b"\0"
+    yield "foreign", b"\0" * len(whole)
+    yield "another version", whole.replace(b'"version": 1', b'"version": 9')
+    yield "another type", whole.replace(b'"dtype": "uint8"', b'"dtype": "int64"')
+
+
+def test_damaged_token_files_are_made_again(corpus, caplog):
+    path = corpus.tokens("train").path
+    whole, ids = path.read_bytes(), corpus.tokens("train")[:].tolist()
+    for name, content in damages(whole):
+        assert content != whole, name
+        path.unlink()  # another file: the checksum of each is looked at once
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            TokenFile(path)
+        assert "\n" not in str(caught.value)
+        caplog.clear()
+        again = Corpus(corpus.source, "whitespace", cache_dir=corpus.cache_dir)
+        assert again.tokens("train")[:].tolist() == ids, name
+        assert "making it again" in caplog.text
+        assert path.read_bytes() == whole
+
+
+def test_ids_of_another_vocabulary_are_made_again(corpus, tmp_path):
+    path = corpus.tokens("train").path
+    ids = corpus.tokens("train")[:].tolist()
+    with TokenWriter(path, 9) as writer:
+        writer.about = {"vocab": "another", "stats": corpus.stats("train")._asdict()}
+        writer.append(np.arange(9))
+    again = Corpus(corpus.source, "whitespace", cache_dir=corpus.cache_dir)
+    assert again.tokens("train")[:].tolist() == ids
+
+
+def test_a_damaged_vocabulary_is_counted_again(corpus, caplog):
+    vocab = corpus.vocab
+    (path,) = (file for file in Path(corpus.cache_dir).glob("vocab-*/vocab.pt"))
+    whole = path.read_bytes()
+    for content in (b"", whole[:99], whole.replace(b"cat", b"cow"), pickle.dumps({"tokens": []})):
+        path.write_bytes(content)
+        caplog.clear()
+        assert Corpus(corpus.source, "whitespace", cache_dir=corpus.cache_dir).vocab == vocab
+        assert "making it again" in caplog.text
+
+
+def test_a_cache_that_can_only_be_read_is_enough(corpus, monkeypatch):
+    ids = corpus.tokens("train")[:].tolist()
+    monkeypatch.setattr(token_files, "FileLock", None)  # nothing is locked or written
+    again = Corpus(corpus.source, "whitespace", cache_dir=corpus.cache_dir)
+    assert again.tokens("train")[:].tolist() == ids
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):

@@ -176,10 +176,35 @@ def test_a_loader_goes_on_in_the_midst_of_an_epoch(kind):
     assert len(resumed) == 10
     assert targets(begun) + targets(resumed) == targets(epoch_of(batches, 1))
     assert targets(resumed) == targets(epoch_of(batches, 1))  # the next time, all of it
-    assert resumed.state_dict() == {"given": 10}
+    assert resumed.state_dict()["given"] == 10
     other = loader()
     other.load_state_dict(resumed.state_dict())  # the epoch was complete
     assert targets(other) == targets(epoch_of(batches, 0))
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("name", "other"), [("rows", 4), ("block_size", 6), ("num_tokens", 99), ("world_size", 2)]
+)
+def test_the_rest_of_an_epoch_is_that_of_the_same_batches(kind, name, other):
+    shape = {"num_tokens": 100, "rows": 2, "world_size": 1, "block_size": 5}
+    shapes = shape, shape | {name: other} | ({"rows": 1} if name == "world_size" else {})
+    begun, goes_on = (
+        ResumableLoader(batches, sampler=EpochSampler(batches), batch_size=None)
+        for batches in (ranks(kind, **each)[0] for each in shapes)
+    )
+    iterator = iter(begun)
+    for _ in range(3):
+        next(iterator)
+    if name == "world_size":  # which may change: the rows are dealt anew
+        goes_on.load_state_dict(begun.state_dict())
+        assert len([*goes_on]) == len(begun) - 3
+        return
+    with pytest.raises(ValueError, match=r"text would be left out or repeated: .* was .*, is "):
+        goes_on.load_state_dict(begun.state_dict())
+    assert len([*iterator]) == len(begun) - 3
+    goes_on.load_state_dict(begun.state_dict())  # between two epochs it may change
+    assert len([*goes_on]) == len(goes_on)
 
 
 # The data module

@@ -2,12 +2,14 @@
 
 import copy
 import math
+import random
 import re
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tiny import LOGITS_ALONE, NO_TAILS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lm_softmax import divergence, moment
 from lm_softmax.encoders import AdaptiveEmbedding, Encoder, LSTMEncoder, TransformerEncoder
 from lm_softmax.heads import (
     AdaptiveSoftmax,
@@ -508,47 +511,80 @@ def test_refuses_what_is_no_language_model(tmp_path):
 def test_a_nan_stops_the_training_and_says_so():
     model = LanguageModel(SMALL_LSTM, ADAPTIVE, COUNTS, optimizer=SGD)
     nn.init.constant_(model.encoder.lstm.weight_ih_l0, torch.nan)
-    with pytest.raises(ValueError, match="train/loss is nan at step 0: training diverged"):
+    with pytest.raises(
+        ValueError,
+        match=r"train/loss is nan at step 0 \(batch 0 of epoch 0, learning rate 0.5\): training d",
+    ):
         fit(model, batches(0.0, 0.0), log_every_n_steps=1, logger=Rows())
 
 
 class NanOnce(FullSoftmax):
-    """Its fourth training loss is nan, with finite gradients, as that of a wild target on a GPU."""
+    """Its fourth training loss is no number, as that of a wild target on a GPU."""
 
-    calls = 0
+    calls, value = 0, torch.nan
 
     def loss(self, hidden, target, *, reduction="mean"):
         self.calls += 1
         loss = super().loss(hidden, target, reduction=reduction)
-        return loss + (torch.nan if self.calls == 4 else 0.0)
+        return loss + (self.value if self.calls == 4 else 0.0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
-    ("rows", "every", "message"),
-    [
-        (8, 6, "between steps 0 and 5"),  # at the next step that is logged
-        (5, 100, "between steps 0 and 5"),  # at the end of the epoch
-        (8, 2, "between steps 2 and 3"),
-    ],
+    ("rows", "every"),
+    [(8, 6), (5, 100), (8, 2)],  # at the next step that is logged, at the end of the epoch
 )
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_a_nan_of_one_step_is_seen_later(rows, every, message):
+def test_a_nan_of_one_step_is_seen_later(rows, every, value, monkeypatch):
+    monkeypatch.setattr(NanOnce, "value", value)
     model = LanguageModel(SMALL_LSTM, NanOnce, COUNTS, optimizer=SGD)
-    with pytest.raises(ValueError, match=re.escape(f"train/loss is nan {message}")):
+    message = f"train/loss is {value} at step 3 (batch 3 of epoch 0, learning rate 0.5): training"
+    with pytest.raises(ValueError, match=re.escape(message)):
         fit(model, batches(*[0.0] * rows), log_every_n_steps=every, logger=Rows())
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_nan_is_seen_without_logs_as_well(monkeypatch):
+    monkeypatch.setattr(divergence, "MOST", 2)
+    model = LanguageModel(SMALL_LSTM, NanOnce, COUNTS, optimizer=SGD)
+    with pytest.raises(ValueError, match="at step 3"):
+        fit(model, batches(*[0.0] * 8), log_every_n_steps=0)
+    assert model.head.calls == 4
+
+
+def keep_each_second_step(folder):
+    keep = pl.callbacks.ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_train_epoch_end=False
+    )
+    return {"callbacks": [keep], "enable_checkpointing": True, "log_every_n_steps": 100}
+
+
 def test_no_checkpoint_is_written_after_a_nan(tmp_path):
     model = LanguageModel(SMALL_LSTM, NanOnce, COUNTS, optimizer=SGD)
-    keep = pl.callbacks.ModelCheckpoint(
-        tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_train_epoch_end=False
-    )
-    options = {"callbacks": [keep], "enable_checkpointing": True, "log_every_n_steps": 100}
-    with pytest.raises(ValueError, match="train/loss is nan between steps 2 and 4"):
-        fit(model, batches(*[0.0] * 8), **options)
+    with pytest.raises(ValueError, match="train/loss is nan at step 3"):
+        fit(model, batches(*[0.0] * 8), **keep_each_second_step(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]
     fit(model, batches(0.0))  # another training starts anew
+
+
+class NanGradientOnce(FullSoftmax):
+    """Its fourth step makes its weights nan, with a loss that is a number."""
+
+    calls = 0
+
+    def after_optimizer_step(self):
+        self.calls += 1
+        if self.calls == 4:
+            nn.init.constant_(self.weight[1], torch.nan)
+
+
+def test_weights_that_are_nan_are_not_kept(tmp_path):
+    model = LanguageModel(SMALL_LSTM, NanGradientOnce, COUNTS, optimizer=SGD)
+    message = r"not finite after 4 steps \(learning rate 0.5\): head.weight; training diverged"
+    with pytest.raises(ValueError, match=message):
+        fit(model, batches(*[0.0] * 8), **keep_each_second_step(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]
 
 
 def test_an_interrupted_evaluation_leaves_nothing_behind():
@@ -564,30 +600,40 @@ def test_an_interrupted_evaluation_leaves_nothing_behind():
         assert again == whole
 
 
-def test_several_processes_keep_their_own_moment():
-    """One process cannot give the others its random numbers and its rows."""
+def test_another_number_of_processes_deals_the_rows_anew():
+    """Each keeps the random numbers of its rank; no row of the state is lost or repeated."""
+    device = torch.device("cpu")
+    whole = torch.randn(2, 12, 3)
+    moments = [
+        {
+            "random": moment.random_numbers(device) | {"rank": rank},
+            "state": (4, (part, (part + 1,))),
+            "window": [torch.ones(3)],
+            "gradients": {"a": torch.ones(1)},
+        }
+        for rank, part in enumerate(whole.split(4, moment.ROW_DIM))
+    ]
+    for world_size in (1, 2, 3, 4):
+        shares = [moment.own(moments, world_size, rank) for rank in range(world_size)]
+        assert [share["state"][0] for share in shares] == [12 // world_size] * world_size
+        for part, expected in ((0, whole), (1, whole + 1)):
+            found = [share["state"][1][part] for share in shares]
+            found = [each[0] if part else each for each in found]
+            assert torch.equal(torch.cat(found, moment.ROW_DIM), expected)
+        for rank, share in enumerate(shares):
+            assert (share["random"] or {}).get("rank") == (rank if rank < 3 else None)
+            assert bool(share["gradients"]) is bool(share["window"]) is (world_size == 3)
 
-    class Ranks:
-        world_size, ckpt_path = 2, "a.ckpt"
 
-    model = LanguageModel(Recorder, FullSoftmax, COUNTS)
-    rows = batches(0.0, carry=True)
-    fit(model, rows)
-    of_one, of_two = {"hyper_parameters": {}}, {"hyper_parameters": {}}
-    model.on_save_checkpoint(of_one)
-    model._trainer = Ranks()
-    model.on_save_checkpoint(of_two)
-    assert of_one["moment"]["state"] is not None
-    assert "moment" not in of_two
-    model._states.clear()
-    for world_size, resumes in ((2, False), (1, True)):
-        Ranks.world_size = world_size
-        model._moment = of_one["moment"]
-        torch.manual_seed(5)
-        own = torch.get_rng_state()
-        model.on_train_start()
-        assert torch.equal(torch.get_rng_state(), own) is not resumes
-        assert bool(model._states) is resumes
+def test_all_generators_go_on():
+    def numbers():
+        return torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()  # noqa: NPY002
+
+    state = moment.random_numbers(torch.device("cpu"))
+    expected = numbers()
+    assert numbers() != expected
+    moment.set_random_numbers(state, torch.device("cpu"))
+    assert numbers() == expected
 
 
 def test_an_accumulated_window_may_begin_without_targets():

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lm_softmax.benchmark.problem import draw_text
 from lm_softmax.callbacks import MemoryMonitor, PerplexityMonitor, StepTimeMonitor
-from lm_softmax.corpus import TokenFile
+from lm_softmax.corpus import TokenFile, TokenWriter
 from lm_softmax.data.batching import StreamBatches
 from lm_softmax.module import LanguageModel
 
@@ -138,10 +138,10 @@ class LightningLoop(Loop):
         self._folder = folder
         folder.mkdir()
         path = folder / "text"
-        tokens = TokenFile(path, text.vocab_size)
-        text.ids().numpy().astype(tokens.dtype).tofile(path)
+        with TokenWriter(path, text.vocab_size) as writer:
+            writer.append(text.ids().numpy())
         self._batches = StreamBatches(
-            tokens, 0, batch_size=text.batch_size, block_size=text.block_size
+            TokenFile(path), 0, batch_size=text.batch_size, block_size=text.block_size
         )
 
     def run(self) -> float:

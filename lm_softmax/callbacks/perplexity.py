@@ -39,13 +39,22 @@ class PerplexityMonitor(pl.Callback):
 
     def __init__(self) -> None:
         self._log_steps = LogSteps()
-        self._window: list[Tensor] = []
+        self._window: list[Tensor] = []  # [nats, targets] of each batch since the last log
+        self._earlier: list[Tensor] = []  # of the fit that wrote the checkpoint to go on from
         self._warned = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """The window since the last log."""
+        return {"window": [part.cpu() for part in self._window]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the window of a checkpoint."""
+        self._earlier = state_dict["window"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts a new window."""
+        """Starts a new window, or goes on with that of the checkpoint."""
         self._log_steps.start(trainer)
-        self._window = []
+        self._window, self._earlier = [part.to(pl_module.device) for part in self._earlier], []
 
     def on_train_batch_end(
         self,

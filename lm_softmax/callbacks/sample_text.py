@@ -64,6 +64,15 @@ class SampleText(pl.Callback):
         self.last_text = ""
         self._num_validations = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The validations so far, and the text of the last one that had one."""
+        return {"num_validations": self._num_validations, "last_text": self.last_text}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting from a checkpoint."""
+        self._num_validations = state_dict["num_validations"]
+        self.last_text = state_dict["last_text"]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a module that cannot turn text into tokens."""
         if getattr(pl_module, "vocab", None) is None:

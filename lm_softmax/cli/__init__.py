@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lm_softmax.allocator import keep_pages
-from lm_softmax.cli.command import TrainCLI
+from lm_softmax.cli.command import TerminatedError, TrainCLI
 from lm_softmax.cli.messages import user_error
 
 __all__ = ["TrainCLI", "main"]
@@ -31,6 +31,8 @@ IRRELEVANT_LOGS = re.compile(
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; errors of the user end in one line and exit code 2, Ctrl-C in 130.
 
+    SIGTERM ends it in 143, after a checkpoint where it trained.
+
     Args:
         args: Words of the command line; those of the process if not given.
 
@@ -44,6 +46,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         sys.stderr.write(f"\n{str(error) or 'interrupted'}\n")
         sys.exit(130)
+    except TerminatedError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(143)
     except Exception as error:
         if (line := user_error(error)) is None:
             raise

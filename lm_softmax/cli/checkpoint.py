@@ -9,32 +9,54 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lm_softmax import factory
 from lm_softmax.checkpoint import PARTS, Checkpoint
+from lm_softmax.cli.checkpoint_io import FOLDER, LAST, PREVIOUS, REQUEUED
 from lm_softmax.module import LanguageModel
-
-NAMED = ("last", "best")
 
 
 class RunCheckpoint(Checkpoint):
     """A checkpoint that a command starts from.
 
     Args:
-        path: The file, or "last" or "best" of a run.
+        path: The file, or "last" or "best" of a run. "last" is the newest one that is whole.
         run: The run's folder.
 
     Attributes:
         unknown: What is wrong with classes that `defaults` had to leave out.
+        passed_over: What is wrong with newer ones than the one that "last" means.
 
     Raises:
-        ValueError: If there is no such file, or no language model in it.
+        ValueError: If there is no such file, it is damaged, or there is no language model in it.
     """
 
     def __init__(self, path: str, run: str | None) -> None:
-        if path in NAMED:
-            if run is None:
-                raise ValueError(f"--ckpt_path {path} needs the run's folder: add --run DIR")
-            path = str(Path(run, "checkpoints", f"{path}.ckpt"))
-        super().__init__(path)
         self.unknown: list[str] = []
+        self.passed_over: list[str] = []
+        if path in ("last", "best") and run is None:
+            raise ValueError(f"--ckpt_path {path} needs the run's folder: add --run DIR")
+        if path == "last":
+            self._read_newest(Path(str(run)))
+        else:
+            super().__init__(Path(str(run), FOLDER, "best.ckpt") if path == "best" else path)
+
+    @staticmethod
+    def candidates(run: Path) -> list[Path]:
+        """What a run may go on from, newest first."""
+        files = [run / FOLDER / name for name in (LAST, PREVIOUS)]
+        files = [file for file in [*files, *run.glob(REQUEUED)] if file.is_file()]
+        return sorted(files, key=lambda file: -file.stat().st_mtime_ns)
+
+    def _read_newest(self, run: Path) -> None:
+        files = self.candidates(run)
+        if not files:
+            raise ValueError(f"no checkpoint {run / FOLDER / LAST}")
+        for number, file in enumerate(files, start=1):
+            try:
+                super().__init__(file)
+                return
+            except ValueError as error:
+                if number == len(files):
+                    raise
+                self.passed_over.append(str(error))
 
     @property
     def folder(self) -> Path:

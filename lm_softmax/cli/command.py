@@ -12,13 +12,18 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 import lm_softmax.schedule  # noqa: F401  a class is known by its name once it is imported
 from lm_softmax.callbacks import RunSummary
 from lm_softmax.cli.checkpoint import RunCheckpoint
+from lm_softmax.cli.checkpoint_io import AtomicCheckpointIO
+from lm_softmax.cli.last_state import BetweenSteps
 from lm_softmax.cli.messages import option_error
 from lm_softmax.cli.predictions import NUM_TOKENS, PredictionWriter
 from lm_softmax.cli.run_folder import RunFolder
@@ -46,6 +51,7 @@ EVALUATION_CALLBACKS = [
     BAR,
 ]
 FIT_CALLBACKS = [
+    {"class_path": "lm_softmax.cli.last_state.BetweenSteps"},  # first: not a part of the step
     {"class_path": "lm_softmax.callbacks.StepTimeMonitor"},
     {"class_path": "lm_softmax.callbacks.MemoryMonitor"},
     {"class_path": "lm_softmax.callbacks.PerplexityMonitor"},
@@ -57,6 +63,10 @@ FIT_CALLBACKS = [
     {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
     BAR,
 ]
+
+
+class TerminatedError(Exception):
+    """SIGTERM has ended the command; says what it can go on from."""
 
 
 @dataclass
@@ -78,6 +88,8 @@ class Given:
         found, others = parser.parse_known_args(args)
         subcommand = next((word for word in others if word in SUBCOMMANDS), None)
         configs = [config for config in found.config if config]
+        if subcommand == "fit" and found.run and found.ckpt_path is None and _is_requeued():
+            found.ckpt_path = "last" if RunCheckpoint.candidates(Path(found.run)) else None
         return cls(subcommand, found.ckpt_path, found.run, configs)
 
 
@@ -102,6 +114,7 @@ class TrainCLI(LightningCLI):
         self.checkpoint: RunCheckpoint | None = None
         if self.given.ckpt_path is not None:
             self.checkpoint = RunCheckpoint(self.given.ckpt_path, self.given.run)
+            _say_what_was_passed_over(self.checkpoint)
         self.parsers: dict[str, LightningArgumentParser] = {}
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
@@ -209,6 +222,9 @@ class TrainCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         unwanted = _switched_off(trainer)
         callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
+        if between := [each for each in callbacks if isinstance(each, BetweenSteps)]:
+            # the one that was given last, before those that watch the step
+            callbacks = [between[-1], *(each for each in callbacks if each not in between)]
         if self.folder is not None:
             trainer.default_root_dir = self.folder.path
             for callback in callbacks:
@@ -219,6 +235,8 @@ class TrainCLI(LightningCLI):
         except RuntimeError as error:  # Lightning's way to refuse some combinations of options
             raise ValueError(str(error)) from error
         check_sizes(made.strategy)
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user's choice
+            made.strategy.checkpoint_io = AtomicCheckpointIO()
         return made
 
     def fit(self, **options: Any) -> None:
@@ -228,13 +246,16 @@ class TrainCLI(LightningCLI):
         try:
             if self.checkpoint is not None:
                 self.checkpoint.check_limits(self.trainer.max_epochs, self.trainer.max_steps)
-            self.folder.keep_rows(self.trainer.loggers, self._first_step)
-            self.trainer.fit(**options | {"ckpt_path": path})
+                num_rows = self.checkpoint.content.get("num_rows")
+                self.folder.keep_rows(self.trainer.loggers, num_rows, self._first_step)
+            self.trainer.fit(**options | {"ckpt_path": path, "weights_only": True})
         except BaseException as error:
             if self.trainer.global_step in (0, self._first_step):
                 self.folder.remove()
             if _is_ctrl_c(error):
                 raise KeyboardInterrupt(self.folder.last_words()) from error
+            if isinstance(error, SIGTERMException):
+                raise TerminatedError(self.folder.last_words()) from error
             raise
         self.folder.remove(only_empty=True)  # trainer.fast_dev_run writes nothing
         for callback in self._callbacks:
@@ -266,12 +287,14 @@ class TrainCLI(LightningCLI):
         # What training's own callbacks have in the checkpoint is of no use here.
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
         try:
-            run(**options | {"ckpt_path": self.checkpoint.path})
+            run(**options | {"ckpt_path": self.checkpoint.path, "weights_only": True})
         except BaseException as error:
             if self.folder is not None:
                 self.folder.remove()
             if _is_ctrl_c(error):
                 raise KeyboardInterrupt("interrupted") from error
+            if isinstance(error, SIGTERMException):
+                raise TerminatedError("interrupted") from error
             raise
 
     def _option_error(self, message: str) -> str:
@@ -339,6 +362,17 @@ def _switched_off(trainer: Namespace) -> tuple[type[pl.Callback], ...]:
 def _is_ctrl_c(error: BaseException) -> bool:
     """Whether the trainer was interrupted, which it turns into an exit."""
     return isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+
+
+def _is_requeued() -> bool:
+    """Whether SLURM has put the job back in the queue and starts its command once more."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+@rank_zero_only
+def _say_what_was_passed_over(checkpoint: RunCheckpoint) -> None:
+    for reason in checkpoint.passed_over:
+        sys.stderr.write(f"warning: {reason}; going on from {checkpoint.path} instead\n")
 
 
 def _needs_checkpoint(subcommand: str) -> str:

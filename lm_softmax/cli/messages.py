@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch.optim import Optimizer
@@ -40,6 +41,8 @@ def user_error(error: BaseException) -> str | None:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, RecursionError) and _while_reading(error.__traceback__):
         return "an option is a list nested too deep to be read: give deep trees as a tensor"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error):
+        return f"not enough memory: {one_line(str(error)) or 'make the model or the batch smaller'}"
     if isinstance(error, ValueError | OSError | ImportError) and _on_purpose(error.__traceback__):
         return one_line(str(error))
     return None

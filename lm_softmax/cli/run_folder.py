@@ -1,6 +1,5 @@
 """The one folder of a run: its name, its loggers, and what is left of it when nothing was run."""
 
-import csv
 import os
 import re
 import shutil
@@ -9,10 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-METRICS = "metrics.csv"
+from lm_softmax.cli.checkpoint_io import FOLDER, LAST
+from lm_softmax.cli.metrics_table import TableLogger
+
 FOLDER_OF_RUN = "LM_SOFTMAX_RUN_FOLDER"
 
 
@@ -69,7 +70,7 @@ class RunFolder:
 
     def last_words(self) -> str:
         """What an interrupted run can go on from."""
-        last = self.path / "checkpoints" / "last.ckpt"
+        last = self.path / FOLDER / LAST
         if not last.is_file():
             return "interrupted before the first checkpoint"
         return f"interrupted; {last} goes on with: fit --run {self.path} --ckpt_path last"
@@ -79,25 +80,35 @@ class RunFolder:
         place: dict[str, Any] = {"save_dir": self.path, "name": "", "version": ""}
         return [
             TensorBoardLogger(**place, default_hp_metric=False, purge_step=step or None),
-            CSVLogger(**place, flush_logs_every_n_steps=1),
+            TableLogger(self.path),
         ]
 
     @rank_zero_only
-    def keep_rows(self, loggers: list[Logger], step: int) -> None:
-        """Hand the rows before `step` to the CSV logger, which begins by deleting its file."""
-        file = self.path / METRICS
-        safe = file.with_suffix(".csv.partial")
-        logger = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
-        if logger is None or not (safe.is_file() or file.is_file()):
+    def keep_rows(self, loggers: list[Logger], num_rows: int | None, step: int) -> None:
+        """Go back to the rows of metrics.csv that a checkpoint knows of.
+
+        Args:
+            loggers: Those of the run.
+            num_rows: How many there were; None for those before `step`.
+            step: Where TensorBoard's events begin again; what was logged there before the
+                checkpoint is given to it once more.
+        """
+        table = next((each for each in loggers if isinstance(each, TableLogger)), None)
+        if table is None:
             return
-        if not safe.is_file():  # else a run was killed right here, and it holds all the rows
-            file.replace(safe)
-        rows = [row for row in _whole_rows(safe) if int(row["step"]) < step]
-        for row in rows:
-            values = {name: value for name, value in row.items() if value and name != "step"}
-            logger.experiment.log_metrics(values, int(row["step"]))
-        logger.save()
-        safe.unlink()
+        rows = table.experiment.rows()
+        if num_rows is None:
+            kept = [row for row in rows if int(row["step"]) < step]
+        else:
+            kept = rows[:num_rows]
+        table.experiment.keep(kept)
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.purge_step = None  # done; a writer opened anew would do it again
+                for row in kept:
+                    values = {n: float(v) for n, v in row.items() if v and n != "step"}
+                    if int(row["step"]) >= step:
+                        logger.log_metrics(values, int(row["step"]))
 
     @rank_zero_only
     def remove(self, *, only_empty: bool = False) -> None:
@@ -107,10 +118,3 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
             elif folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _whole_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a table, without any that a kill cut off."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    table = csv.DictReader(line for line in lines if line.endswith("\n"))
-    return [row for row in table if None not in row and (row["step"] or "").isdecimal()]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from numpy.typing import NDArray
 
 from lm_softmax.corpus.rows import Rows
 from lm_softmax.corpus.source import Source
+from lm_softmax.corpus.token_file import TokenFile, TokenWriter
 from lm_softmax.corpus.work import each_batch
 from lm_softmax.vocab import Counts, SymbolCounter, Vocab, check_folding, load_tokenizer, one_line
 
-_FORMAT = 2  # part of every key: raise it when the contents of the files change
+log = logging.getLogger(__name__)
+_FORMAT = 3  # part of every key: raise it when the contents of the files change
 
 
 class SplitStats(NamedTuple):
@@ -39,35 +42,6 @@ class SplitStats(NamedTuple):
     num_unk: int
     num_bytes: int
     unigram_nats: float
-
-
-class TokenFile:
-    """Token ids of a split on disk, in the smallest unsigned type that holds the vocabulary.
-
-    Behaves as a one-dimensional numpy array for `len` and for indexing. Worker processes get the
-    name of the file and map it themselves.
-
-    Args:
-        path: The file: nothing but ids.
-        vocab_size: Number of ids there can be.
-    """
-
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path = path
-        self.dtype = np.min_scalar_type(vocab_size - 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "dtype": self.dtype}
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: Any) -> NDArray[Any]:
-        return self._ids[index]
-
-    @cached_property
-    def _ids(self) -> NDArray[Any]:
-        return np.memmap(self.path, self.dtype, mode="r")
 
 
 @dataclass(frozen=True)
@@ -149,7 +123,7 @@ class Corpus:
             ).save(target / "vocab.pt")
             shutil.rmtree(spilled)
 
-        _build_once(folder, build)
+        _build_once(folder, build, lambda made: Vocab.load(made / "vocab.pt"))
         return Vocab.load(folder / "vocab.pt")
 
     def tokens(self, split: str) -> TokenFile:
@@ -158,23 +132,26 @@ class Corpus:
         Raises:
             ValueError: If the corpus cannot be read, or lacks the split.
         """
-        return TokenFile(self._encoded(split) / "tokens.bin", len(self.vocab))
+        return TokenFile(self._encoded(split))
 
     def stats(self, split: str) -> SplitStats:
         """What a split holds; it is encoded if need be."""
-        return SplitStats(**json.loads((self._encoded(split) / "stats.json").read_text("utf-8")))
+        return SplitStats(**self.tokens(split).about["stats"])
 
     def _encoded(self, split: str) -> Path:
         rows = self.source.rows(split)
-        folder = self._folder("tokens", [rows.fingerprint, self.vocab.fingerprint])
+        vocab = self.vocab.fingerprint
+        folder = self._folder("tokens", [rows.fingerprint, vocab])
 
         def build(target: Path) -> None:
-            file, label = target / "tokens.bin", f"encoding {split}"
-            stats = _encode(rows, self.vocab, file, label, self.num_proc)
-            (target / "stats.json").write_text(json.dumps(stats._asdict()), "utf-8")
+            _encode(rows, self.vocab, target / "tokens.bin", f"encoding {split}", self.num_proc)
 
-        _build_once(folder, build)
-        return folder
+        def check(made: Path) -> None:
+            if (found := TokenFile(made / "tokens.bin").about["vocab"]) != vocab:
+                raise ValueError(f"{made} holds ids of the vocabulary {found}, not of {vocab}")
+
+        _build_once(folder, build, check)
+        return folder / "tokens.bin"
 
     def _folder(self, kind: str, depends_on: list[Any]) -> Path:
         key = json.dumps([_FORMAT, *depends_on]).encode()
@@ -183,47 +160,57 @@ class Corpus:
         return Path(cache).expanduser() / f"{kind}-{digest}"
 
 
-def _encode(rows: Rows, vocab: Vocab, file: Path, label: str, num_proc: int | None) -> SplitStats:
+def _encode(rows: Rows, vocab: Vocab, file: Path, label: str, num_proc: int | None) -> None:
     """Write the ids of all rows, and count them on the way."""
-    dtype = TokenFile(file, len(vocab)).dtype
-
-    def encode(batch: pa.Array) -> tuple[NDArray[Any], int]:
-        ids = vocab.encode_rows(batch).astype(dtype)
-        return ids, len(ids)
-
     seen = np.zeros(len(vocab), np.int64)
     num_bytes = 0
-    with file.open("wb") as stream:
+    with TokenWriter(file, len(vocab)) as writer:
+
+        def encode(batch: pa.Array) -> tuple[NDArray[Any], int]:
+            ids = vocab.encode_rows(batch).astype(writer.dtype)
+            return ids, len(ids)
+
         size = vocab.tokenizer.batch_bytes
         for batch, ids in each_batch(rows, encode, size, label, num_proc):
-            stream.write(ids.data)
+            writer.append(ids)
             np.add.at(seen, ids, 1)
             open_ended = pc.invert(pc.ends_with(batch, "\n"))
             num_bytes += pc.sum(pc.binary_length(batch)).as_py() + pc.sum(open_ended).as_py()
-    counts = vocab.counts.numpy()
-    nats = np.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
-    return SplitStats(
-        num_tokens=int(seen.sum()),
-        num_unk=0 if vocab.unk_id is None else int(seen[vocab.unk_id]),
-        num_bytes=num_bytes,
-        unigram_nats=float(seen @ nats),
-    )
+        counts = vocab.counts.numpy()
+        nats = np.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
+        stats = SplitStats(
+            num_tokens=int(seen.sum()),
+            num_unk=0 if vocab.unk_id is None else int(seen[vocab.unk_id]),
+            num_bytes=num_bytes,
+            unigram_nats=float(seen @ nats),
+        )
+        writer.about = {"vocab": vocab.fingerprint, "stats": stats._asdict()}
 
 
-def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
+def _build_once(
+    folder: Path, build: Callable[[Path], None], check: Callable[[Path], object]
+) -> None:
     """Make a folder that exists either complete or not at all, in one of all processes.
+
+    Args:
+        folder: What to make.
+        build: Makes it in another place.
+        check: Raises ValueError or OSError for one that is damaged or foreign: it is made again.
 
     Raises:
         ValueError: If the disk refuses.
     """
-    if folder.exists():
+    if folder.exists() and _fault(folder, check) is None:
         return
     partial = folder.with_name(folder.name + ".partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if folder.exists():
-                return
+                if (fault := _fault(folder, check)) is None:
+                    return
+                log.warning(f"{fault}; making it again")
+                shutil.rmtree(folder)
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
             try:
@@ -237,3 +224,11 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
             f"cannot write to the cache folder {str(folder.parent)!r}: {one_line(error)}; name"
             " another by cache_dir or LM_SOFTMAX_CACHE"
         ) from error
+
+
+def _fault(folder: Path, check: Callable[[Path], object]) -> str | None:
+    try:
+        check(folder)
+    except (OSError, ValueError) as error:
+        return one_line(error)
+    return None

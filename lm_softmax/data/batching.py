@@ -63,6 +63,16 @@ class TokenBatches(Dataset[TokenBatch], ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which tokens a batch holds, over all ranks; the number of them does not."""
+        return {
+            "batching": type(self).__name__,
+            "num_tokens": len(self.tokens),
+            "batch_size": self.batch_size,
+            "block_size": self.block_size,
+        }
+
     def _gather(
         self, begin: NDArray[np.int64], end: NDArray[np.int64], opens: NDArray[np.bool_]
     ) -> tuple[Tensor, Tensor]:
@@ -127,6 +137,11 @@ class BlockBatches(TokenBatches):
     def __len__(self) -> int:
         return -(-self._num_blocks // self.batch_size)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `TokenBatches.identity`; the seed is that of the order."""
+        return super().identity | {"seed": self.seed}
+
     def __getitem__(self, item: int) -> TokenBatch:
         epoch, step = divmod(item, len(self))
         if self._order[0] != epoch:
@@ -182,10 +197,29 @@ class ResumableLoader(DataLoader[TokenBatch]):
             self._given += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Number of batches of this epoch that were given."""
-        return {"given": self._given}
+    def state_dict(self) -> dict[str, Any]:
+        """Number of batches of this epoch that were given, of how many, and cut from what."""
+        return {"given": self._given, "length": len(self), "batches": self._identity}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave out the batches that were given before."""
-        self._resume_at = state["given"] % len(self)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Leave out the batches that were given before.
+
+        Raises:
+            ValueError: In the midst of an epoch of other batches, where tokens would be left out or
+                come twice.
+        """
+        there, here = state["batches"], self._identity
+        if state["given"] % (state["length"] or 1) == 0:
+            return
+        if there != here:
+            names = [name for name in here | there if here.get(name) != there.get(name)]
+            differences = (f"{n} was {there.get(n)}, is {here.get(n)}" for n in names)
+            raise ValueError(
+                f"the checkpoint is in the midst of an epoch of other batches, so that text would"
+                f" be left out or repeated: {', '.join(differences)}"
+            )
+        self._resume_at = state["given"]
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return self.dataset.identity if isinstance(self.dataset, TokenBatches) else {}

@@ -1,5 +1,6 @@
 """From text to ranked token ids and back."""
 
+from lm_softmax.vocab.archive import load_archive
 from lm_softmax.vocab.counting import Counts, SymbolCounter
 from lm_softmax.vocab.hub import hub_reachable, is_hub_id, one_line
 from lm_softmax.vocab.tokenization import load_tokenizer
@@ -14,6 +15,7 @@ __all__ = [
     "check_folding",
     "hub_reachable",
     "is_hub_id",
+    "load_archive",
     "load_tokenizer",
     "one_line",
 ]

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm_softmax.vocab.archive import load_archive
 from lm_softmax.vocab.counting import ranks
 from lm_softmax.vocab.hub import one_line
 from lm_softmax.vocab.symbols import SymbolIndex
@@ -239,11 +240,7 @@ class Vocab:
         """
         if not Path(path).is_file():
             raise ValueError(f"no vocabulary or checkpoint file {os.fspath(path)!r}")
-        try:
-            # mapped: of a checkpoint, only the vocabulary is read
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise ValueError(f"cannot read {os.fspath(path)!r}: {one_line(error)}") from error
+        state = load_archive(path, mmap=True)  # of a checkpoint, only the vocabulary is used
         if isinstance(state, dict) and "hyper_parameters" in state:
             hyper_parameters = state["hyper_parameters"]
             state = hyper_parameters.get("vocab") if isinstance(hyper_parameters, dict) else None
@@ -256,7 +253,12 @@ class Vocab:
                 " is missing"
             )
         own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        return cls.from_state_dict(own)  # of its own memory: the file may be replaced
+        try:
+            return cls.from_state_dict(own)  # of its own memory: the file may be replaced
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the vocabulary in {os.fspath(path)!r} is damaged: {one_line(error)}"
+            ) from error
 
 
 def check_folding(max_vocab_size: int | None, min_count: int) -> None:

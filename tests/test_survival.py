@@ -1,0 +1,324 @@
+"""Runs that are killed, terminated, damaged or starved of disk, and what is left of them."""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import survival
+import torch
+from survival import assert_same_run, begin, call, call_ranks, end, rows
+
+from lm_softmax.module import LanguageModel
+from lm_softmax.vocab import Vocab
+
+KINDS = {
+    "sampled": {},
+    "quantized": {
+        "model.head": {
+            "class_path": "ProductQuantizedSoftmax",
+            "init_args": {"num_codebooks": 2, "codebook_size": 4, "reassign_every": 3},
+        },
+        "data.batching": "blocks",
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.val_check_interval": 4,
+    },
+}
+RUN = Path("runs/whole")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def whole(request, tmp_path_factory):
+    """The folder of a run that nothing disturbs, and its number of events."""
+    folder = tmp_path_factory.mktemp(request.param)
+    survival.write_corpus(folder / "corpus")
+    survival.write_config(folder, "all.yaml", **KINDS[request.param])
+    said = call("fit", "-c", "all.yaml", "--run", RUN, folder=folder)
+    assert said.code == 0, said.err
+    return folder, said.num_events
+
+
+def go_on(folder, run, **options):
+    """Begins a run, or goes on with it; one that is complete is left as it is, with code 0."""
+    if (folder / run / "checkpoints" / "last.ckpt").is_file():
+        said = call("fit", "--run", run, "--ckpt_path", "last", folder=folder, **options)
+        complete = said.code == 2 and "has done 2 epochs" in said.err
+        return said._replace(code=0) if complete else said
+    shutil.rmtree(folder / run, ignore_errors=True)
+    return call("fit", "-c", "all.yaml", "--run", run, folder=folder, **options)
+
+
+def test_killed_at_any_moment_a_run_ends_as_one_that_was_not(whole):
+    folder, num_events = whole
+    run, draw = Path("runs/killed"), random.Random(3)
+    for _ in range(8):
+        said = go_on(folder, run, at=draw.randint(1, num_events // 2))
+        assert said.code in (0, -signal.SIGKILL), said.err
+        if said.code == 0:
+            break
+    else:
+        said = go_on(folder, run)
+    assert said.code == 0, said.err
+    assert_same_run(folder / run, folder / RUN)
+    assert len(rows(folder / run)) > 10
+
+
+def test_terminated_at_any_moment_a_run_goes_on(whole):
+    """Between two steps there is a checkpoint, wherever the signal came; the exit code is 143."""
+    folder, num_events = whole
+    run, draw = Path("runs/terminated"), random.Random(5)
+    at = [draw.randint(num_events // 4, num_events // 2) for _ in range(3)]
+    codes = []
+    for event in [*at, 0]:
+        said = go_on(folder, run, at=event, number=signal.SIGTERM)
+        codes.append(said.code)
+        if said.code:
+            assert said.err.splitlines()[-1] == (
+                f"interrupted; {run}/checkpoints/last.ckpt goes on with: "
+                f"fit --run {run} --ckpt_path last"
+            )
+    assert codes[0] == 143
+    assert codes[-1] == 0, said.err
+    assert_same_run(folder / run, folder / RUN)
+
+
+# One training is enough for what follows
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    survival.write_corpus(folder / "corpus")
+    survival.write_config(folder, "all.yaml")
+    said = call("fit", "-c", "all.yaml", "--run", "runs/whole", folder=folder)
+    assert said.code == 0, said.err
+    return folder, said.num_events
+
+
+def test_slurm_puts_a_run_back_in_the_queue(trained):
+    """Lightning's plugin saves and calls scontrol; the same command then goes on."""
+    folder, num_events = trained
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {folder}/scontrol.log\n")
+    scontrol.chmod(0o755)
+    slurm = {
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        **{f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")},
+        **{f"SLURM_{name}": "1" for name in ("NTASKS", "NNODES")},
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NAME": "a",
+        "SLURM_NODELIST": "localhost",
+    }
+    command = ("fit", "-c", "all.yaml", "--run", "runs/requeued")
+    signals = {"at": num_events // 2, "number": signal.SIGUSR1}
+    first = begin(*command, folder=folder, **signals, **slurm)
+    requeued = folder / "runs/requeued/hpc_ckpt_1.ckpt"
+    # SLURM ends a job that is put back; here with the next event that comes after the checkpoint
+    deadline = time.monotonic() + 120
+    while first.is_alive() and time.monotonic() < deadline:
+        if (folder / "scontrol.log").exists():
+            break
+        time.sleep(0.01)
+    first.kill()
+    end(first, folder=folder)
+    assert (folder / "scontrol.log").read_text() == "requeue 17\n"
+    assert requeued.is_file()
+    again = call(*command, folder=folder, **slurm, SLURM_RESTART_COUNT="1")
+    assert again.code == 0, again.err
+    assert not requeued.exists()
+    assert_same_run(folder / "runs/requeued", folder / RUN)
+
+
+@pytest.mark.parametrize("kind", ["signal", "kill"])
+def test_two_processes_go_on_from_their_own_states(kind, tmp_path):
+    survival.write_corpus(tmp_path / "corpus")
+    survival.write_config(tmp_path, "all.yaml")
+    fit = ("fit", "-c", "all.yaml", "--run")
+    whole = call_ranks(*fit, "runs/whole", folder=tmp_path, world_size=2)
+    assert [said.code for said in whole] == [0, 0], whole[0].err + whole[1].err
+    state = survival.state(tmp_path / RUN)
+    first, second = state["moments"]
+    assert not torch.equal(first["state"][1][0], second["state"][1][0])
+    if kind == "kill":
+        number, kill = signal.SIGKILL, (whole[0].num_events // 2, 0)
+    else:  # it comes to both, at different steps
+        number = signal.SIGTERM
+        kill = (whole[0].num_events // 3, whole[1].num_events // 3 + 7)
+    run = "runs/stopped"
+    said = call_ranks(*fit, run, folder=tmp_path, world_size=2, kill=kill, number=number)
+    expected = [-9, -9] if kind == "kill" else [143, 143]
+    assert [each.code for each in said] == expected, said[0].err + said[1].err
+    go_on = ("fit", "--run", run, "--ckpt_path", "last")
+    resumed = call_ranks(*go_on, folder=tmp_path, world_size=2)
+    assert [each.code for each in resumed] == [0, 0], resumed[0].err + resumed[1].err
+    assert_same_run(tmp_path / run, tmp_path / RUN)
+
+
+def test_another_number_of_processes_takes_the_rest_of_the_text(trained, tmp_path):
+    folder, num_events = trained
+    run = Path("runs/fewer")
+    said = go_on(folder, run, at=num_events // 3, number=signal.SIGTERM)
+    assert said.code == 143
+    given = survival.state(folder / run)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert 0 < given[0]["given"] < given[0]["length"]
+    words = ("fit", "--run", run, "--ckpt_path", "last")
+    resumed = call_ranks(*words, folder=folder, world_size=2)
+    assert [each.code for each in resumed] == [0, 0], resumed[0].err
+    seen = [survival.state(folder / each)["callbacks"] for each in (run, RUN)]
+    tokens = [next(v for k, v in s.items() if "StepTime" in k)["tokens_seen"] for s in seen]
+    assert tokens[0] == tokens[1]
+    message = "rows cannot be shared evenly by 3 processes: make it a multiple of 3"
+    three = call_ranks(*words, "--trainer.max_epochs=3", folder=folder, world_size=3)
+    for said in three:
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert message in said.err
+
+
+# Files
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # it may be the same file as another one
+    path.write_bytes(content)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(trained):
+    folder, num_events = trained
+    run = Path("runs/damaged")
+    assert go_on(folder, run, at=num_events * 2 // 3).code == -signal.SIGKILL
+    last = run / "checkpoints" / "last.ckpt"
+    step = survival.state(folder / run, "previous")["global_step"]
+    assert step < survival.state(folder / run)["global_step"]
+    flip(folder / last)
+    said = call("fit", "--run", run, "--ckpt_path", last, folder=folder)  # not asked for another
+    assert (said.code, said.err) == (2, f"error: {last} is damaged or incomplete\n")
+    said = go_on(folder, run)
+    assert said.code == 0
+    assert said.err.splitlines()[0] == (
+        f"warning: {last} is damaged or incomplete; going on from"
+        f" {run}/checkpoints/previous.ckpt instead"
+    )
+    assert_same_run(folder / run, folder / RUN)
+    for name in ("last", "previous"):
+        flip(folder / run / "checkpoints" / f"{name}.ckpt")
+    said = go_on(folder, run)
+    assert said.code == 2
+    assert said.err.count("\n") == 1
+    shutil.rmtree(folder / run / "checkpoints")
+    said = call("fit", "--run", run, "--ckpt_path", "last", folder=folder)
+    assert (said.code, said.err) == (2, f"error: no checkpoint {last}\n")
+
+
+def limited(limit, *args, folder, **options):
+    """A command whose files may not grow beyond some bytes, as on a full disk."""
+    return call(*args, folder=folder, LIMIT=str(limit), **options)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(trained, tmp_path):
+    folder, num_events = trained
+    run = Path("runs/full")
+    assert go_on(folder, run, at=num_events // 3, number=signal.SIGTERM).code == 143
+    checkpoints = folder / run / "checkpoints"
+    before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
+    words = ("fit", "--run", run, "--ckpt_path", "last")
+    said = limited(len(before["last.ckpt"]) // 2, *words, folder=folder)
+    assert said.code == 2
+    assert said.err.splitlines()[-1].startswith("error: cannot write the checkpoint ")
+    assert said.err.splitlines()[-1].endswith("File too large; the one before it is as it was")
+    assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
+    assert "Traceback" not in said.err
+    assert go_on(folder, run).code == 0
+    assert_same_run(folder / run, folder / RUN)
+
+
+def test_a_full_disk_leaves_no_half_a_cache(trained):
+    folder, _ = trained
+    for limit in (0, 100, 3000):
+        cache = {"LM_SOFTMAX_CACHE": str(folder / f"cache-{limit}")}
+        command = ("fit", "-c", "all.yaml", "--run", "runs/nothing")
+        said = limited(limit, *command, folder=folder, **cache)
+        assert (said.code, said.err.count("\n")) == (2, 1), said.err
+        assert "File too large" in said.err
+        assert "cannot write to the cache folder" in said.err
+        left = [path.name for path in Path(cache["LM_SOFTMAX_CACHE"]).glob("*")]
+        assert all(name.endswith(".lock") or name.startswith("vocab-") for name in left)
+        assert not any(name.endswith(".partial") for name in left)
+        assert not (folder / "runs/nothing").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_cache_of_somebody_else_is_one_line(trained):
+    folder, _ = trained
+    (folder / "theirs").mkdir(mode=0o755)
+    environment = {"LM_SOFTMAX_CACHE": str(folder / "theirs"), "USER_ID": "65534"}
+    for path in (folder, folder.parent, folder.parent.parent, folder / "runs"):
+        path.chmod(0o777)
+    said = call("fit", "-c", "all.yaml", "--run", "runs/nobody", folder=folder, **environment)
+    assert (said.code, said.err.count("\n")) == (2, 1), said.err
+    assert "cannot write to the cache folder" in said.err
+    assert "Permission denied" in said.err
+
+
+# Files that want to run something
+
+
+class Bomb:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+def bombs(folder, whole):
+    """Files that touch `folder/proof` where they are unpickled."""
+    bomb = Bomb(folder / "proof")
+    content = torch.load(whole, weights_only=True)
+    torch.save(content | {"moments": [bomb]}, folder / "in.ckpt")
+    torch.save(bomb, folder / "zip.ckpt")
+    torch.save({"a": bomb}, folder / "old.ckpt", _use_new_zipfile_serialization=False)
+    (folder / "raw.ckpt").write_bytes(pickle.dumps(bomb))
+    return sorted(folder.glob("*.ckpt"))
+
+
+def test_nothing_in_a_file_is_run(trained, tmp_path):
+    folder, _ = trained
+    files = bombs(tmp_path, folder / RUN / "checkpoints" / "last.ckpt")
+    assert len(files) == 4
+    force = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    for file in files:
+        shutil.copytree(folder / RUN, tmp_path / "run")
+        for name in ("last", "previous", "best"):
+            target = tmp_path / "run" / "checkpoints" / f"{name}.ckpt"
+            target.unlink(missing_ok=True)
+            shutil.copy(file, target)
+        for words in (
+            ("validate", "--ckpt_path", file),
+            ("test", "--ckpt_path", "best", "--run", tmp_path / "run"),
+            ("predict", "--ckpt_path", file),
+            ("fit", "-c", "all.yaml", "--ckpt_path", file),
+            ("fit", "--run", tmp_path / "run", "--ckpt_path", "last"),
+            ("fit", "-c", "all.yaml", "--data.vocab_path", file),
+        ):
+            said = call(*words, folder=folder, **force)
+            assert said.code == 2, said.err
+            assert said.err.splitlines()[-1].startswith("error: cannot read ")
+            assert "Traceback" not in said.err
+            assert not (tmp_path / "proof").exists()
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(ValueError, match="cannot read"):
+            Vocab.load(file)
+        with pytest.raises(pickle.UnpicklingError):
+            LanguageModel.load_from_checkpoint(file)
+        assert not (tmp_path / "proof").exists()
+    torch.load(files[0], weights_only=False)  # they do what they say
+    assert (tmp_path / "proof").exists()

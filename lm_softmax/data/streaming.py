@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -46,6 +46,12 @@ class Reader:
         shards: Which of them.
         vocab: Encodes the text.
     """
+
+    _shard: int
+    _piece: int
+    _taken: int
+    _before: int
+    _ids: NDArray[np.int32]
 
     def __init__(self, stream: Stream, shards: range, vocab: Vocab) -> None:
         self._stream, self._shards, self._vocab = stream, shards, vocab
@@ -185,8 +191,8 @@ class StreamParts(IterableDataset[Part]):
     rank: int = 0
     world_size: int = 1
     num_workers: int = 1
-    states: list[dict[str, Any] | None] | None = None
-    num_left_out: int = 0
+    states: list[dict[str, Any] | None] | None = field(init=False, default=None)
+    num_left_out: int = field(init=False, default=0)
 
     def __iter__(self) -> Iterator[Part]:
         worker = get_worker_info()

@@ -364,7 +364,7 @@ class Recorder(pl.LightningModule):
         self.seen = []
 
     def training_step(self, batch, step):
-        self.seen.append((self.current_epoch, step, batch.carry, batch.target.tolist()))
+        self.seen.append((self.current_epoch, batch.carry, batch.target.tolist()))
         return self.weight * 1.0
 
     def validation_step(self, batch, step):

@@ -47,10 +47,14 @@ class Reader:
         vocab: Encodes the text.
     """
 
+    _shard: int
+    _piece: int
+    _taken: int
+    _before: int
+    _ids: NDArray[np.int32]
+
     def __init__(self, stream: Stream, shards: range, vocab: Vocab) -> None:
         self._stream, self._shards, self._vocab = stream, shards, vocab
-        self._ids: NDArray[np.int32] = _NO_IDS
-        self._taken, self._before = 0, vocab.eos_id
         self.load_state_dict({"shard": 0, "piece": 0, "taken": 0, "before": vocab.eos_id})
 
     def take(self, number: int) -> NDArray[np.int32]:
@@ -187,8 +191,8 @@ class StreamParts(IterableDataset[Part]):
     rank: int = 0
     world_size: int = 1
     num_workers: int = 1
-    states: list[dict[str, Any] | None] | None = field(default=None, init=False)
-    num_left_out: int = field(default=0, init=False)
+    states: list[dict[str, Any] | None] | None = field(init=False, default=None)
+    num_left_out: int = field(init=False, default=0)
 
     def __iter__(self) -> Iterator[Part]:
         worker = get_worker_info()

@@ -239,7 +239,6 @@ def test_a_full_disk_leaves_no_half_a_cache(trained):
         command = ("fit", "-c", "all.yaml", "--run", "runs/nothing")
         said = limited(limit, *command, folder=folder, **cache)
         assert (said.code, said.err.count("\n")) == (2, 1), said.err
-        assert "File too large" in said.err
         assert "cannot write to the cache folder" in said.err
         left = [path.name for path in Path(cache["LM_SOFTMAX_CACHE"]).glob("*")]
         assert all(name.endswith(".lock") or name.startswith("vocab-") for name in left)

@@ -218,6 +218,7 @@ def state(run, name="last"):
     """What a checkpoint holds, but times and the names of files."""
     content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
     del content["hyper_parameters"]["requested"]  # a resumed run asks for what was chosen before
+    content["datamodule_hyper_parameters"].pop("vocab_path")  # the checkpoint gone on from
     for key, callback in content["callbacks"].items():
         if key.startswith(("StepTimeMonitor", "RunSummary", "ModelCheckpoint", "LastCheckpoint")):
             for part in [*callback]:

@@ -99,7 +99,7 @@ class BetweenSteps(pl.Callback):
     A checkpoint in the midst of a step could not be gone on from. Ctrl-C, SIGTERM and the signal
     that has Lightning requeue a SLURM job therefore wait for the end of the step that they hit, and
     with several processes for that of the same step in all of them; a second Ctrl-C does not wait.
-    In a validation they act at once, where there is one process.
+    In a validation Ctrl-C and SIGTERM act at once, where there is one process.
 
     Args:
         every_n_steps: Write `last.ckpt` after so many optimizer steps; None for no such rule.
@@ -133,7 +133,9 @@ class BetweenSteps(pl.Callback):
                 _set(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if (self._alone and not self._in_step) or self._noted == number == signal.SIGINT:
+        ends = number in (signal.SIGINT, signal.SIGTERM)  # the others save and go on
+        now = ends and self._alone and not self._in_step
+        if now or self._noted == number == signal.SIGINT:
             self._noted = 0
             self._deliver(number, frame)
         else:

@@ -228,7 +228,11 @@ class Vocab:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file for `load`; it is there whole or not at all."""
         partial = Path(f"{os.fspath(path)}.partial")
-        torch.save(self.state_dict(), partial)
+        try:
+            torch.save(self.state_dict(), partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            partial.unlink(missing_ok=True)
+            raise OSError(f"cannot write {os.fspath(path)!r}: {one_line(error)}") from error
         partial.replace(path)
 
     @classmethod

@@ -173,6 +173,7 @@ def test_parallel_overlays_train_on_two_processes(tiny):
 def test_every_callback_is_there_by_default():
     names = [callback["class_path"].rpartition(".")[2] for callback in FIT_CALLBACKS]
     assert names == [
+        "BetweenSteps",
         "StepTimeMonitor",
         "MemoryMonitor",
         "PerplexityMonitor",

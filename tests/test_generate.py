@@ -263,7 +263,7 @@ X = ["--checkpoint", "{}/lstm.ckpt"]
         (["--checkpoint", "{}/other.ckpt"], "other.ckpt is not the checkpoint of a language model"),
         (["--checkpoint", "{}/alien.ckpt"], "alien.ckpt holds a model that cannot be built: "),
         (["--checkpoint", "{}/wordless.ckpt"], "wordless.ckpt holds no vocabulary"),
-        (["--checkpoint", "{}/text"], "cannot read the checkpoint"),
+        (["--checkpoint", "{}/text"], "no archive that torch.save wrote"),
         ([*X, "--prompt", ""], "prompt '' is empty: give a word, or no prompt at all"),
         ([*X, "--prompt", "the", "--prompt", " \t"], "prompt ' \\t' is empty"),
         ([*X, "--prompt", "zebra gnu"], "no word of the prompt 'zebra gnu' is among the "),

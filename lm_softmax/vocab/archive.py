@@ -42,6 +42,8 @@ def load_archive(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
     except Exception as error:  # it fails in as many ways as there are formats
         reason = one_line(error).split(". ")[0]
+        if not zipfile.is_zipfile(path):
+            reason = "no archive that torch.save wrote"
         raise ValueError(f"cannot read {os.fspath(path)!r}: {reason}") from error
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_softmax.kernels import Draws, accumulation_dtype, draw_from_table
+from lm_softmax.kernels.draws import check_total
 from lm_softmax.kernels.ranking import stable_topk
 
 Reduction = Literal["mean", "sum", "none"]
@@ -139,7 +140,7 @@ class OutputHead(nn.Module, ABC):
         """
         self._check_k(k)
         rows = self._flatten(hidden)
-        found = [_stable_topk(self.log_prob(part), k) for part in self._row_chunks(rows)]
+        found = [_stable_topk(self._log_probs(part), k) for part in self._row_chunks(rows)]
         shape = (*hidden.shape[:-1], k)
         values = torch.cat([chunk.log_probs for chunk in found]).view(shape)
         return TopK(values, torch.cat([chunk.indices for chunk in found]).view(shape))
@@ -165,15 +166,17 @@ class OutputHead(nn.Module, ABC):
         and no `top_k` all of them, for a limited number of positions at a time.
 
         Raises:
-            ValueError: If `num_samples` or `top_k` is out of range, `temperature` is negative, or
-                `top_p` is not in `(0, 1]`.
+            ValueError: If `num_samples` or `top_k` is out of range, `temperature` is negative,
+                `top_p` is not in `(0, 1]`, or a position has no distribution but nan.
         """
         self._check_sampling(num_samples, temperature, top_k, top_p)
         rows, shape = self._flatten(hidden), (*hidden.shape[:-1], num_samples)
         if not rows.shape[0]:
             return torch.empty(shape, dtype=torch.int64, device=rows.device)
         if temperature == 0:
-            return self._best(rows, 1).indices.expand(-1, num_samples).reshape(shape)
+            found = self._best(rows, 1)
+            check_total(found.log_probs.exp())
+            return found.indices.expand(-1, num_samples).reshape(shape)
         top_p = None if top_p == 1 else top_p
         draws = Draws(num_samples, temperature, top_p, generator)
         if top_k is not None and top_k < self.vocab_size:
@@ -279,11 +282,11 @@ class OutputHead(nn.Module, ABC):
     def _check_sampling(
         self, num_samples: int, temperature: float, top_k: int | None, top_p: float | None
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if not is_size(num_samples):
+            raise ValueError(f"num_samples must be a whole number of at least 1, got {num_samples}")
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
-        if top_k is not None and not 1 <= top_k <= self.vocab_size:
+        if top_k is not None and not (is_size(top_k) and top_k <= self.vocab_size):
             raise ValueError(f"top_k must be in [1, vocab_size={self.vocab_size}], got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")

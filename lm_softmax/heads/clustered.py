@@ -55,7 +55,7 @@ class ClusteredHead(ExactHead):
     @torch.no_grad()
     def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
         """See `OutputHead.topk`; words are ranked cluster by cluster, never all at once."""
-        return self.search(hidden, k).top
+        return type(self).search(self, hidden, k).top  # for the reason of `_best`
 
     @torch.no_grad()
     def search(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> Search:

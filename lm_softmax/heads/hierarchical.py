@@ -213,7 +213,7 @@ class HierarchicalSoftmax(ExactHead):
 
     def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
         """See `OutputHead.topk`; the tree is searched, most probable branches first."""
-        return self.search(hidden, k).top
+        return type(self).search(self, hidden, k).top  # for the reason of `_best`
 
     @torch.no_grad()
     def search(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> Search:

@@ -23,6 +23,7 @@ MAX_ROWS = 2**10  # whose logits are made at once
 MAX_DRAWS = 2**12  # that copy the running sums of their rows at once
 FEW_WEIGHTS = 2**16  # which may be copied for each draw, and be summed in float64 at once
 COLDEST = 1e-30  # a temperature below it draws as this one does, and quotients do not overflow
+HOTTEST = 1e30  # above it as this one, for no probability of 0 to become a quotient of infinities
 
 
 class Draws(NamedTuple):
@@ -184,7 +185,7 @@ def log_power_sum(words: Words, temperature: float) -> Tensor:
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
     """`exp(logits / temperature)`, in place."""
     if temperature != 1:
-        logits.div_(max(temperature, COLDEST))
+        logits.div_(min(max(temperature, COLDEST), HOTTEST))
     return logits.exp_()
 
 
@@ -223,21 +224,29 @@ def check_total(total: Tensor) -> None:
 def _search(weights: Tensor, sums: Tensor, row: Tensor, position: Tensor) -> Tensor:
     """Columns in which the running sum of `weights[row]` passes each position."""
     if row.shape[0] <= MAX_DRAWS:
-        return _search_some(weights, sums, row, position)
+        return _search_some(weights, sums, row, position.unsqueeze(1))[0].squeeze(1)
     pairs = zip(torch.split(row, MAX_DRAWS), torch.split(position, MAX_DRAWS), strict=True)
-    return torch.cat([_search_some(weights, sums, *pair) for pair in pairs])
+    return torch.cat([_search(weights, sums, *pair) for pair in pairs])
 
 
-def _search_some(weights: Tensor, sums: Tensor, row: Tensor, position: Tensor) -> Tensor:
-    of_parts = sums[row]
-    part, left = _first_above(of_parts, position.unsqueeze(1))
+def _search_some(
+    weights: Tensor, sums: Tensor, row: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Columns `(D, 1)`, and how far each position `(D, 1)` is in them.
+
+    Where the sums of the parts are too many to copy for each draw, they have parts themselves.
+    """
+    if row.shape[0] * sums.shape[1] > FEW_WEIGHTS and sums.shape[1] > PART:
+        part, left = _search_some(sums, part_sums(sums), row, position)
+    else:
+        part, left = _first_above(sums[row], position)
     column = part * PART + torch.arange(PART, device=row.device)
     beyond = column >= weights.shape[1]
     inside = weights[row.unsqueeze(1), column.masked_fill(beyond, 0)].to(sums.dtype)
     inside.masked_fill_(beyond, 0)
-    share = left / of_parts.gather(1, part)  # summed in another order it may differ a little
-    found, _ = _first_above(inside, share * inside.sum(1, keepdim=True))
-    return (part * PART + found).squeeze(1)
+    share = left / sums[row.unsqueeze(1), part]  # summed in another order it may differ a little
+    found, left = _first_above(inside, share.clamp_(min=0) * inside.sum(1, keepdim=True))
+    return part * PART + found, left
 
 
 def _first_above(weights: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

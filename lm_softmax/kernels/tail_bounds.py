@@ -67,8 +67,7 @@ class TailBounds(NamedTuple):
 
 class _Entry(NamedTuple):
     key: tuple[Any, ...]
-    views: list[Tensor]  # of a few entries of the weights
-    samples: list[Tensor]  # what they were
+    samples: list[Tensor]  # what a few entries of the weights were
     bounds: TailBounds | None
 
 
@@ -106,9 +105,9 @@ def tail_bounds(weight: Tensor, bias: Tensor | None, rows: Tensor) -> TailBounds
     places = [(id(t), t._version, t.data_ptr(), t.dtype, t.shape) for t in tensors]
     key = (_steps.taken, *places)
     found: _Entry | None = _entries.get(weight)
-    if found is None or found.key != key or not all(map(torch.equal, found.views, found.samples)):
-        views = [_some(tensor) for tensor in tensors]
-        _entries[weight] = _Entry(key, views, [view.clone() for view in views], None)
+    some = [_some(tensor) for tensor in tensors]
+    if found is None or found.key != key or not all(map(torch.equal, some, found.samples)):
+        _entries[weight] = _Entry(key, [part.clone() for part in some], None)
         return None
     if found.bounds is None:
         with torch.inference_mode(False):  # else they could be used inside of that mode only
@@ -119,8 +118,8 @@ def tail_bounds(weight: Tensor, bias: Tensor | None, rows: Tensor) -> TailBounds
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """A view of a few entries."""
-    flat = tensor.detach().view(-1)
+    """A few entries."""
+    flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.shape[0] // SAMPLES)]
 
 

@@ -59,9 +59,9 @@ def walk(
         below, shares = nodes.children[node], sides
         if power != 1:
             inner = (below - num_words).clamp(min=0)
-            leaves = torch.where(below < num_words, 1, nodes.num_leaves[inner])
-            part = leaves / nodes.num_leaves[node].unsqueeze(1)
-            shares = power * sides + (1 - power) * part.to(sides.dtype).log()
+            leaves = nodes.num_leaves[inner].where(below >= num_words, 1)
+            part = leaves.to(sides.dtype) / nodes.num_leaves[node].unsqueeze(1)
+            shares = power * sides + (1 - power) * part.log()
         left, right = shares.exp().unbind(1)
         check_total(left + right)
         position = uniform(node, generator)

@@ -452,7 +452,9 @@ class TestSample:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+            ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
+            ({"num_samples": 2.5}, "num_samples must be a whole number of at least 1, got 2.5"),
+            ({"top_k": 2.5}, "top_k must be in .*, got 2.5"),
             ({"temperature": -0.5}, "got -0.5"),
             ({"temperature": float("nan")}, "got nan"),
             ({"top_k": 0}, "got 0"),

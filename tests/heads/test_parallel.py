@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-PUBLIC_METHODS = ("loss", "log_prob", "topk", "sample")
+PUBLIC_METHODS = ("loss", "log_prob", "topk", "search", "sample")
+OPTIONS = ({}, {"temperature": 0.5}, {"temperature": 2}, {"top_k": 3, "top_p": 0.5}, {"top_p": 0.5})
 
 
 def problem(case):
@@ -46,7 +48,7 @@ def check_replica(case, rank):
 def check_shards(case, rank):
     whole, hidden, target = problem(case)
     sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (2,)))
-    for method in PUBLIC_METHODS:
+    for method in filter(partial(hasattr, sharded), PUBLIC_METHODS):
         register_fsdp_forward_method(sharded, method)
     expected = total(whole, hidden, target)
     expected.backward()
@@ -60,7 +62,8 @@ def check_shards(case, rank):
         assert_close(ours.grad.full_tensor(), theirs.grad, msg=lambda m, p=place: f"{p}: {m}")
     assert_close(sharded.log_prob(hidden[rank]), whole.log_prob(hidden[rank]))
     assert (sharded.topk(hidden[rank], 3).indices == whole.topk(hidden[rank], 3).indices).all()
-    assert sharded.sample(hidden[rank], 2).shape == (9, 2)
+    for options in OPTIONS:
+        assert sharded.sample(hidden[rank], 2, **options).shape == (9, 2)
 
 
 def check_all(rank, folder, check):

@@ -153,7 +153,15 @@ def test_a_small_nucleus_takes_few_draws(monkeypatch):
 
 @heads
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.5}, {"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.5}], ids=str
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 0.5},
+        {"temperature": 1.5},
+        {"top_k": 3},
+        {"top_p": 0.5},
+    ],
+    ids=str,
 )
 def test_nan_is_an_error(case, options):
     head, hidden = problem(case.make, num_rows=3)
@@ -161,6 +169,20 @@ def test_nan_is_an_error(case, options):
     hidden[1] = torch.nan
     with pytest.raises(ValueError, match="no distribution"):
         head.sample(hidden, **options)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("temperature", [1e-300, 1e39, 1e300])
+def test_extreme_temperatures(temperature, few, monkeypatch):
+    """The best word, or all alike but those of no probability."""
+    monkeypatch.setattr(draws, "FEW_WEIGHTS", 2**16 * few)
+    head, hidden = problem(FullSoftmax, 30, num_rows=2000, dtype=torch.float32)
+    with torch.no_grad():
+        head.bias[7] = -torch.inf
+    drawn = head.sample(hidden, temperature=temperature).unique()
+    best = head.topk(hidden[0], 1).indices
+    expected = best if temperature < 1 else torch.arange(30)[torch.arange(30) != 7]
+    assert drawn.equal(expected)
 
 
 @heads
@@ -239,7 +261,7 @@ class TestInverse:
     """`draw` finds the word in whose part of the running sum a number falls."""
 
     @pytest.mark.parametrize("few", [True, False])
-    @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+    @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 5000])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_equals_a_search_of_the_running_sum(self, size, dtype, few, monkeypatch):
         monkeypatch.setattr(draws, "FEW_WEIGHTS", 900 * size * few)
@@ -258,6 +280,22 @@ class TestInverse:
         assert (weights[row, found] > 0).all()
         assert (below - slack <= numbers).all()
         assert (numbers <= above + slack).all()
+
+    def test_many_draws_copy_no_row_of_sums(self, monkeypatch):
+        """They are searched in parts of parts."""
+        weights, row = torch.ones(1, 64 * 3000), torch.zeros(1000, dtype=torch.int64)
+        sizes = []
+
+        class Largest(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                made = func(*args, **(kwargs or {}))
+                if isinstance(made, torch.Tensor):
+                    sizes.append(made.numel())
+                return made
+
+        with Largest():
+            found = draws.draw(weights, row, None)
+        assert max(sizes) <= weights.numel() < 3000 * len(found)
 
     @pytest.mark.parametrize("few", [True, False])
     def test_a_rare_word_is_within_reach(self, few, monkeypatch):

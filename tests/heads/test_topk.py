@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -308,6 +309,27 @@ class TestBoundsAreNeverStale:
         for clone in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
             assert_close(clone.topk(hidden, 10), expected)
 
+    def test_weights_in_any_layout(self, monkeypatch):
+        monkeypatch.setattr(cluster_search, "WORTH", 100)
+        head, hidden = large_tails()
+        weight = head.tail_weights[2].detach().t().contiguous().t()
+        head.tail_weights[2] = nn.Parameter(weight)
+        for scale in (1, 1, 5, 5):
+            head.tail_weights[2].data.mul_(scale)
+            expected = head.log_prob(hidden).topk(10)
+            assert_close(head.topk(hidden, 10).log_probs, expected.values)
+
+    def test_old_weights_are_not_held(self, monkeypatch):
+        monkeypatch.setattr(cluster_search, "WORTH", 100)
+        head, hidden = large_tails()
+        for _ in range(2):
+            head.topk(hidden, 10)
+        weight = head.tail_weights[2]
+        old = weakref.ref(weight.untyped_storage())
+        head.double()
+        assert head.tail_weights[2] is weight
+        assert old() is None
+
     def test_go_with_the_weights(self, monkeypatch):
         monkeypatch.setattr(cluster_search, "WORTH", 100)
         before = len(tail_bounds._entries)
@@ -357,6 +379,18 @@ class TestTrees:
             assert opened.shape == (3, 4)
             assert (opened >= 1).all()
             assert (opened < (len(head.cutoffs) + 1 if tree == "classes" else 400)).all()
+
+    def test_large_classes_are_summed_exactly(self):
+        """Added one by one in float32, the normaliser would be 1e-4 off."""
+        size = 20_000
+        bias = torch.full((size * 20,), -0.4)
+        bias[::size] = 0
+        starts = torch.arange(21) * size
+        masses = -torch.arange(20.0).mul(20).unsqueeze(0)
+        classes = class_search.Classes(torch.zeros(size * 20, 2), bias, starts)
+        found, _, failed, _ = class_search.class_topk(torch.zeros(1, 2), classes, masses, 3)
+        assert not failed.any()
+        assert_close(found[0], bias[:size].double().log_softmax(0)[:3].float())
 
     def test_classes_of_flat_rows_are_ranked_as_a_whole(self):
         head = HierarchicalSoftmax(16, 4000, counts_of(4000), tree="classes")

@@ -10,6 +10,7 @@ import torch
 
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
+from lm_softmax.module import LanguageModel
 
 PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
 ZIP_MAGIC = b"PK\x03\x04"
@@ -57,6 +58,19 @@ class Checkpoint:
             raise ValueError(f"{self.path} is not the checkpoint of a language model")
         self.hparams: dict[str, Any] = hparams
         self.data_options: dict[str, Any] = self.content.get("datamodule_hyper_parameters", {})
+
+    def model(self) -> LanguageModel:
+        """The model, on the CPU.
+
+        Raises:
+            ValueError: If structure, vocabulary and weights do not make one.
+        """
+        try:
+            return LanguageModel.load_from_checkpoint(
+                self.path, map_location="cpu", weights_only=True
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{self.path} holds a model that cannot be built: {error}") from error
 
     @property
     def step(self) -> int:

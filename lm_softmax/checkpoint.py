@@ -5,6 +5,7 @@ from typing import Any
 
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
+from lm_softmax.module import LanguageModel
 from lm_softmax.vocab import load_archive
 
 PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
@@ -36,6 +37,19 @@ class Checkpoint:
             raise ValueError(f"{self.path} is not the checkpoint of a language model")
         self.hparams: dict[str, Any] = hparams
         self.data_options: dict[str, Any] = self.content.get("datamodule_hyper_parameters", {})
+
+    def model(self) -> LanguageModel:
+        """The model, on the CPU.
+
+        Raises:
+            ValueError: If structure, vocabulary and weights do not make one.
+        """
+        try:
+            return LanguageModel.load_from_checkpoint(
+                self.path, map_location="cpu", weights_only=True
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{self.path} holds a model that cannot be built: {error}") from error
 
     @property
     def step(self) -> int:

@@ -422,8 +422,12 @@ def test_a_file_that_is_no_checkpoint_is_refused(full, tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.ckpt").write_text("no checkpoint\n")
+    content = torch.load(full, weights_only=True)
+    content["state_dict"].popitem()
+    torch.save(content, tmp_path / "part.ckpt")
     output = tmp_path / "y.ckpt"
     for name, message in (
+        ("part.ckpt", "part.ckpt holds a model that cannot be built: "),
         ("nowhere.ckpt", "no checkpoint "),
         ("other.pt", "other.pt is not the checkpoint of a language model"),
         ("half.ckpt", "half.ckpt is damaged or incomplete"),

@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         return _interrupted()
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         parser.error(str(error))
     hush()
     sys.stdout.write("\n".join(_lines(report, options)) + "\n")

@@ -49,7 +49,7 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.checkpoint = Checkpoint(options.checkpoint)
-        self.source = LanguageModel.load_from_checkpoint(options.checkpoint, map_location="cpu")
+        self.source = self.checkpoint.model()
         self.source.to(options.device).eval()
         self.finetunes = {options.finetune_minutes, options.finetune_steps} != {None}
         self.data = None if options.no_eval else self._data()

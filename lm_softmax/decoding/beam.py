@@ -18,6 +18,9 @@ from lm_softmax.decoding.stepping import (
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 
+MOST_BEAMS = 2**31 - 1
+MOST_EXPONENT = 700.0  # of e in float64
+
 
 class Hypothesis(NamedTuple):
     """A continuation that beam search found.
@@ -89,7 +92,7 @@ def beam_search(
     """
     check_prompt(prompt, head.vocab_size, eos_id)
     check_num_tokens(num_tokens)
-    _check_options(num_beams, num_return, length_penalty)
+    _check_options(num_beams, num_return, length_penalty, num_tokens)
     head = without(head, suppress)
     stepper = Stepper(encoder, use_cache=use_cache)
     beams = _Beams(prompt, num_beams, length_penalty, eos_id)
@@ -199,9 +202,11 @@ class _Beams:
         return Hypothesis(tokens, log_prob, log_prob / len(tokens) ** self.length_penalty)
 
 
-def _check_options(num_beams: int, num_return: int, length_penalty: float) -> None:
+def _check_options(num_beams: int, num_return: int, length_penalty: float, num_tokens: int) -> None:
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
+    if num_beams > MOST_BEAMS:
+        raise ValueError(f"num_beams must be at most {MOST_BEAMS}, got {num_beams}")
     if not 1 <= num_return <= num_beams:
         raise ValueError(
             f"num_return must be in [1, num_beams={num_beams}], got {num_return}:"
@@ -209,3 +214,8 @@ def _check_options(num_beams: int, num_return: int, length_penalty: float) -> No
         )
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")
+    if abs(length_penalty) * math.log(num_tokens) > MOST_EXPONENT:
+        raise ValueError(
+            f"length_penalty={length_penalty} is too large: {num_tokens} tokens to that power are"
+            " no number"
+        )

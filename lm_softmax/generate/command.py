@@ -131,10 +131,7 @@ def _load(path: Path) -> LanguageModel:
     checkpoint = Checkpoint(path)
     if checkpoint.hparams["vocab"] is None:
         raise ValueError(f"{path} holds no vocabulary: its model was made without one")
-    try:
-        return LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds a model that cannot be built: {error}") from error
+    return checkpoint.model()
 
 
 def _device(name: str | None) -> torch.device:

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -39,7 +40,9 @@ def load_archive(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
     if _is_damaged(Path(path)):
         raise ValueError(f"{os.fspath(path)} is damaged or incomplete")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+        with warnings.catch_warnings():  # what old pickles bring; the error says more
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
     except Exception as error:  # it fails in as many ways as there are formats
         reason = one_line(error).split(". ")[0]
         if not zipfile.is_zipfile(path):

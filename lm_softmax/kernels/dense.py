@@ -20,7 +20,7 @@ from lm_softmax.kernels.workspace import aligned_rows, reads_are_cheap, workspac
 CHUNK_BYTES = 64 * 2**20  # of logits: smaller chunks make the matrix products slower
 MIN_CHUNK_ROWS = 64  # below this the matrix products are bound by reading the weights
 WORD_BLOCK = 2048  # a product into 100,000 columns at once takes a CPU 1.5 times as long
-BLOCK_ROWS = 48  # products of fewer rows, as of a text that is written, take half the time undivided
+BLOCK_ROWS = 48  # products of fewer rows, as of text in the making, take half as long undivided
 TILE_ROWS = 128  # of a matrix product on a GPU: a chunk that ends inside of one wastes the rest
 UNDERFLOW = 1e-30  # a float32 probability below this no longer tells its logarithm
 

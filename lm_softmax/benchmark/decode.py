@@ -1,5 +1,6 @@
 """`benchmark decode`: `topk` and `sample` of heads beside naive code: checked, timed, weighed."""
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -274,14 +275,14 @@ def _weigh_here(
     rows = hidden.to(device)
     tiny = torch.ones(64, 64, device=device)
     (tiny @ tiny).log_softmax(1).topk(2)  # loads libraries and starts threads
-    before = None
+    gc.collect()  # what made the head
+    before = high_water(lambda: None, device).before
     found = {}
     for key in keys:
         batch, call = rows[: key[0]], CALLS[side][key[1]]
         peak = 0
         for _ in range(2):  # what a head keeps may be made at the second call
             mark = high_water(lambda: call(head, batch, _generator(batch, 0)), device)  # noqa: B023
-            before = mark.before if before is None else before
             peak = max(peak, mark.peak)
         found[key] = max(0, peak - before) / MIB
     return found

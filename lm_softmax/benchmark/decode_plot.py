@@ -90,6 +90,8 @@ def _draw_panel(axes: "Axes", own: Sequence[tuple[int, Result]]) -> None:
                 label=LABELS[side],
             )
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.18)  # room for the words
     for place, result in own:
         ours, ratio = result.spread(HEAD), result.times_faster()
         if ours is not None and ratio is not None:

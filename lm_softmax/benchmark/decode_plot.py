@@ -5,18 +5,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lm_softmax.benchmark.decode import HEAD, NAIVE, TASKS, Result
+from lm_softmax.benchmark.plot import few
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HOW = (
-    "Bars are medians over {rounds} rounds, lines reach from the smallest to the largest; beside"
+    "Marks are medians over {rounds} rounds, lines reach from the smallest to the largest; beside"
     " them how many times faster than naive code, in the same round. Greedy: topk(hidden, 1)."
     " Naive: log_prob(hidden).topk(k), and a draw by the inverse distribution function of"
     " log_prob(hidden).exp()."
 )
-COLORS = {HEAD: "C0", NAIVE: "lightgrey"}
+COLORS = {HEAD: "C0", NAIVE: "dimgrey"}
+MARKERS = {HEAD: "o", NAIVE: "s"}
 LABELS = {HEAD: "head", NAIVE: "naive code"}
 
 
@@ -71,22 +73,23 @@ def draw(results: Sequence[Result], num_rounds: int, caption: Sequence[str]) -> 
 
 
 def _draw_panel(axes: "Axes", own: Sequence[tuple[int, Result]]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    for side, shift in ((HEAD, -0.2), (NAIVE, 0.2)):
+    for side, shift in ((HEAD, -0.15), (NAIVE, 0.15)):
         found = [(place, result.spread(side)) for place, result in own]
         known = [(place, spread) for place, spread in found if spread is not None]
         if known:
-            axes.barh(
-                [place + shift for place, _ in known],
+            axes.errorbar(
                 [spread.median for _, spread in known],
-                height=0.38,
+                [place + shift for place, _ in known],
                 xerr=[
                     [spread.median - spread.min for _, spread in known],
                     [spread.max - spread.median for _, spread in known],
                 ],
-                error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "dimgrey"},
+                fmt=MARKERS[side],
                 color=COLORS[side],
+                elinewidth=1,
+                capsize=2,
                 label=LABELS[side],
             )
     axes.set_xscale("log")
@@ -96,8 +99,10 @@ def _draw_panel(axes: "Axes", own: Sequence[tuple[int, Result]]) -> None:
         ours, ratio = result.spread(HEAD), result.times_faster()
         if ours is not None and ratio is not None:
             text = f" {ratio.median:.1f}x"
-            axes.text(ours.max, place - 0.2, text, size=7.5, va="center", clip_on=True)
+            axes.text(ours.max, place - 0.15, text, size=7.5, va="center", clip_on=True)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.6g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(axis="x", alpha=0.3)
+    axes.xaxis.set_minor_formatter(FuncFormatter(few))
+    axes.tick_params(axis="x", which="minor", labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.5 / max(1, len(own)))
     axes.set_axisbelow(True)

@@ -392,20 +392,11 @@ def test_memory_is_the_high_water_mark_of_one_step_in_another_process() -> None:
 
 EARLIER_PEAK = """
 import torch
-from lm_softmax.benchmark import memory
-from lm_softmax.benchmark.contestants import Contestant
-
-
-class Step(Contestant):
-    def forward(self):
-        return None
-
-    def forward_backward(self):
-        torch.ones(2**24)  # 64 MiB, freed at once
-
+from lm_softmax.benchmark.memory import high_water
 
 torch.ones(2**26)
-print(memory._on_cpu(Step(), "cpu").extra_mib)
+before, peak = high_water(lambda: torch.ones(2**24), "cpu")  # 64 MiB, freed at once
+print((peak - before) / 2**20)
 """
 
 
@@ -421,7 +412,7 @@ def test_without_a_high_water_mark_there_is_no_figure(
 ) -> None:
     monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "no" / "clear_refs")
     with pytest.raises(RuntimeError, match="no high-water mark that can be reset"):
-        memory._on_cpu(Counting("a", []), "cpu")
+        memory.high_water(lambda: None, "cpu")
     result = Result(10, "a", "head", "a", "", memory_problem="no such mark")
     result.add_rounds({FORWARD: [1.0], FORWARD_BACKWARD: [3.0]})
     text = table([result], [])

@@ -1,4 +1,4 @@
-"""The command: `train`, `loop`, `cutoffs` and `data`, their options, and errors of one line."""
+"""The command: its subcommands, their options, and errors of one line."""
 
 import argparse
 import shlex
@@ -38,11 +38,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand's module adds its own."""
-    from lm_softmax.benchmark import cutoffs, data_command, loop_command, train_command
+    from lm_softmax.benchmark import (
+        cutoffs,
+        data_command,
+        decode_command,
+        loop_command,
+        train_command,
+    )
 
     parser = _Parser(prog=PROGRAM, description="Times output heads beside their peers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train_command, loop_command, cutoffs, data_command):
+    for module in (train_command, loop_command, decode_command, cutoffs, data_command):
         module.add_parser(commands, add_common_options)
     return parser
 

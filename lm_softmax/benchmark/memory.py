@@ -1,4 +1,4 @@
-"""The memory of one step, in a process of its own."""
+"""The memory of a step or a call, in a process of its own."""
 
 import ctypes
 import sys
@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lm_softmax.specs import Spec
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_HIGH_WATER = "5"  # see proc(5)
 MIB = 2**20
+Result = TypeVar("Result")
 
 
 class Memory(NamedTuple):
@@ -38,6 +39,13 @@ class Memory(NamedTuple):
     peak_mib: float
 
 
+class HighWater(NamedTuple):
+    """Bytes."""
+
+    before: int
+    peak: int
+
+
 def measure(problem: Problem, entry: Entry, *, bias: bool, num_threads: int) -> Memory:
     """Measures a contestant in a new process.
 
@@ -52,12 +60,31 @@ def measure(problem: Problem, entry: Entry, *, bias: bool, num_threads: int) -> 
     Raises:
         RuntimeError: If there is no figure, with the reason.
     """
+    return in_new_process(_measure_here, problem, entry.name, entry.spec, bias, num_threads)
+
+
+def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function returns in a process that does nothing else.
+
+    Raises:
+        RuntimeError: If the process does not live to return it.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        arguments = (problem, entry.name, entry.spec, bias, num_threads)
         try:
-            return pool.submit(_measure_here, *arguments).result()
+            return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             raise RuntimeError("the process was killed, perhaps for its memory") from None
+
+
+def high_water(step: Callable[[], object], device: str) -> HighWater:
+    """Bytes in use before a step, and at most during it.
+
+    On a CPU the resident memory of the process, on a GPU what torch has allocated.
+
+    Raises:
+        RuntimeError: If there is no such figure.
+    """
+    return (_on_cuda if device.startswith("cuda") else _on_cpu)(step, device)
 
 
 def _measure_here(problem: Problem, name: str, spec: Spec, bias: bool, num_threads: int) -> Memory:
@@ -68,8 +95,8 @@ def _measure_here(problem: Problem, name: str, spec: Spec, bias: bool, num_threa
     workshop = Workshop(problem)
     contestant = workshop.build(entry)
     _tiny_step(entry, workshop)
-    on_gpu = problem.device.startswith("cuda")
-    return (_on_cuda if on_gpu else _on_cpu)(contestant, problem.device)
+    before, peak = high_water(contestant.forward_backward, problem.device)
+    return Memory((peak - before) / MIB, _gradients(contestant) / MIB, peak / MIB)
 
 
 def _tiny_step(entry: Entry, workshop: Workshop) -> None:
@@ -82,26 +109,24 @@ def _tiny_step(entry: Entry, workshop: Workshop) -> None:
     contestant.clear()
 
 
-def _on_cuda(contestant: Contestant, device: str) -> Memory:
+def _on_cuda(step: Callable[[], object], device: str) -> HighWater:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    contestant.forward_backward()
+    step()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    return Memory((peak - before) / MIB, _gradients(contestant) / MIB, peak / MIB)
+    return HighWater(before, torch.cuda.max_memory_allocated(device))
 
 
-def _on_cpu(contestant: Contestant, device: str) -> Memory:
+def _on_cpu(step: Callable[[], object], device: str) -> HighWater:
     _give_back()
     try:
         CLEAR_REFS.write_text(RESET_HIGH_WATER)
         before = read_status("VmRSS")
     except (OSError, KeyError) as error:
         raise RuntimeError(f"/proc gives no high-water mark that can be reset: {error}") from None
-    contestant.forward_backward()
-    peak = read_status("VmHWM")
-    return Memory((peak - before) / MIB, _gradients(contestant) / MIB, peak / MIB)
+    step()
+    return HighWater(before, read_status("VmHWM"))
 
 
 def _give_back() -> None:

@@ -92,7 +92,7 @@ def _draw_panel(
     axes.yaxis.set_major_formatter(plain_number)
     low, high = axes.get_ylim()
     if high / low < 30:  # a decade or so: its powers of ten alone would leave the axis bare
-        axes.yaxis.set_minor_formatter(FuncFormatter(_few))
+        axes.yaxis.set_minor_formatter(FuncFormatter(few))
         axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.grid(alpha=0.3)
     axes.grid(which="minor", axis="y", alpha=0.12)
@@ -119,7 +119,7 @@ def _styles(results: Sequence[Result]) -> dict[str, tuple[str, str]]:
     return styles
 
 
-def _few(number: float, position: int) -> str:
+def few(number: float, position: int) -> str:
     """A label for 2 and 5 in each decade."""
     digit = f"{number:e}"[0]
     return f"{number:,.6g}" if digit in "25" else ""

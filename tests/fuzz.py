@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from lm_softmax import cli, compare
-from lm_softmax.cli.checkpoint import Checkpoint
+from lm_softmax.checkpoint import Checkpoint
 from lm_softmax.corpus import Corpus, Source, TokenFile, TokenWriter
 from lm_softmax.vocab import Vocab, load_tokenizer
 
@@ -205,7 +205,7 @@ def _read_run(file):
 
 
 READERS = {
-    "run/checkpoints/last.ckpt": lambda file: Checkpoint(str(file), None),
+    "run/checkpoints/last.ckpt": lambda file: Checkpoint(file),
     "run/checkpoints/best.ckpt": lambda file: Vocab.load(file),
     "vocab.pt": lambda file: Vocab.load(file),
     "tokens.bin": lambda file: TokenFile(file)[:].sum(),

@@ -167,7 +167,7 @@ def random_options(draw, folder):
     shutil.rmtree(folder / "fuzzed", ignore_errors=True)
     command(
         *("fit", "-c", folder / "random.yaml", "--run", folder / "fuzzed"),
-        *("--trainer.fast_dev_run=1", "--trainer.max_time=00:00:00:30"),
+        *("--trainer.fast_dev_run=8", "--trainer.max_time=00:00:00:30"),
     )
 
 
@@ -189,7 +189,7 @@ def random_file(draw, folder):
 
 
 def _read_config(file):
-    command("fit", "-c", file, "--run", file.parent / "fuzzed", "--trainer.fast_dev_run=1")
+    command("fit", "-c", file, "--run", file.parent / "fuzzed", "--trainer.fast_dev_run=8")
 
 
 def _read_run(file):

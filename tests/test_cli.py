@@ -359,7 +359,7 @@ FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
         ([*FIT, "--trainer.precision=33"], "trainer.precision: expected Literal[64, 32, 16] or "),
         ([*FIT, "-c", "nowhere.yaml"], "config: File does not exist: "),
         ([*FIT, "-c", "wrong-key.yaml"], "no option --model.encodr; nearest: --model.encoder"),
-        ([*FIT, "-c", "null.yaml"], "data is null: give its options, or leave it out"),
+        ([*FIT, "-c", "null.yaml"], "data is None: give its options, or leave it out"),
         ([*FIT, "-c", "wrong-yaml.yaml"], "Problems parsing config: "),
         ([*FIT, "-c", "latin1.yaml"], "a configuration file is not UTF-8: "),
         ([*FIT, "-c", "resumes.yaml"], "ckpt_path stands in a config: give --ckpt_path instead"),

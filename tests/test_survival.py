@@ -31,7 +31,9 @@ KINDS = {
 RUN = Path("runs/whole")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=["sampled", pytest.param("quantized", marks=pytest.mark.slow)]
+)
 def whole(request, tmp_path_factory):
     """The folder of a run that nothing disturbs, and its number of events."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -55,7 +55,7 @@ def build(spec: Spec, base: Callable[..., T], *args: Any, name: str) -> T:
 
     Raises:
         ValueError: If the written form is damaged, a class is unknown or no subclass of `base`, or
-            has no such options.
+            has no such options, or is one of torch's and fails for a value's type.
     """
     path, init_args = _checked(spec, name)
     cls = find_class(path, base, name)
@@ -67,7 +67,12 @@ def build(spec: Spec, base: Callable[..., T], *args: Any, name: str) -> T:
         inspect.signature(cls).bind(*args, **options)
     except TypeError as error:
         raise ValueError(f"{name}: {path} {error}") from None
-    return cls(*args, **options)
+    try:
+        return cls(*args, **options)
+    except TypeError as error:
+        if cls.__module__.partition(".")[0] != "torch":  # which does not check types, as we do
+            raise
+        raise ValueError(f"{name}: {path} refuses {init_args}: {error}") from error
 
 
 def find_class(path: str, base: Callable[..., T], name: str) -> Callable[..., T]:

@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from lm_softmax import cli, compare
-from lm_softmax.cli.checkpoint import Checkpoint
+from lm_softmax.checkpoint import Checkpoint
 from lm_softmax.corpus import Corpus, Source, TokenFile, TokenWriter
 from lm_softmax.vocab import Vocab, load_tokenizer
 
@@ -167,7 +167,7 @@ def random_options(draw, folder):
     shutil.rmtree(folder / "fuzzed", ignore_errors=True)
     command(
         *("fit", "-c", folder / "random.yaml", "--run", folder / "fuzzed"),
-        *("--trainer.fast_dev_run=1", "--trainer.max_time=00:00:00:30"),
+        *("--trainer.fast_dev_run=8", "--trainer.max_time=00:00:00:30"),
     )
 
 
@@ -189,7 +189,7 @@ def random_file(draw, folder):
 
 
 def _read_config(file):
-    command("fit", "-c", file, "--run", file.parent / "fuzzed", "--trainer.fast_dev_run=1")
+    command("fit", "-c", file, "--run", file.parent / "fuzzed", "--trainer.fast_dev_run=8")
 
 
 def _read_run(file):
@@ -205,7 +205,7 @@ def _read_run(file):
 
 
 READERS = {
-    "run/checkpoints/last.ckpt": lambda file: Checkpoint(str(file), None),
+    "run/checkpoints/last.ckpt": lambda file: Checkpoint(file),
     "run/checkpoints/best.ckpt": lambda file: Vocab.load(file),
     "vocab.pt": lambda file: Vocab.load(file),
     "tokens.bin": lambda file: TokenFile(file)[:].sum(),

@@ -224,8 +224,9 @@ def state(run, name="last"):
             for part in [*callback]:
                 if part in ("best", "last"):
                     callback[part].pop("perf/train_time_s", None)
-                elif not isinstance(callback[part], torch.Tensor | int) or part == "dirpath":
+                elif not isinstance(callback[part], torch.Tensor | int):
                     callback.pop(part)
+            callback.pop("current_score", None)  # Lightning writes it, and never reads it
     return content
 
 

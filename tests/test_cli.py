@@ -359,6 +359,7 @@ FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
         ([*FIT, "--trainer.precision=33"], "trainer.precision: expected Literal[64, 32, 16] or "),
         ([*FIT, "-c", "nowhere.yaml"], "config: File does not exist: "),
         ([*FIT, "-c", "wrong-key.yaml"], "no option --model.encodr; nearest: --model.encoder"),
+        ([*FIT, "-c", "null.yaml"], "data is None: give its options, or leave it out"),
         ([*FIT, "-c", "wrong-yaml.yaml"], "Problems parsing config: "),
         ([*FIT, "-c", "latin1.yaml"], "a configuration file is not UTF-8: "),
         ([*FIT, "-c", "resumes.yaml"], "ckpt_path stands in a config: give --ckpt_path instead"),
@@ -383,6 +384,7 @@ FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
 def test_a_wrong_command_ends_in_one_line_and_leaves_nothing(words, message, place):
     Path("wrong-key.yaml").write_text("model: {encodr: {class_path: LSTMEncoder}}\n")
     Path("wrong-yaml.yaml").write_text("model: {encoder: [}\n")
+    Path("null.yaml").write_text("data: null\n")
     Path("latin1.yaml").write_bytes(b"run: \xe9t\xe9\n")
     Path("resumes.yaml").write_text("ckpt_path: x.ckpt\n")
     torch.save({"state_dict": {}}, "other.pt")

@@ -191,6 +191,13 @@ def test_foreign_nested_paths_are_refused():
         factory.build(spec, Encoder, 10, None, name="encoder")
 
 
+def test_a_type_that_torch_does_not_check_is_one_line():
+    spec = {"class_path": "torch.optim.AdamW", "init_args": {"betas": None}}
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    with pytest.raises(ValueError, match=r"^optimizer: torch.optim.AdamW refuses .*betas"):
+        factory.build(spec, torch.optim.Optimizer, parameters, name="optimizer")
+
+
 def test_an_unknown_option_names_the_class():
     with pytest.raises(ValueError, match=r"head: lm_softmax.heads.FullSoftmax .*'cutoffs'"):
         factory.build(

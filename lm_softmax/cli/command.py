@@ -168,6 +168,9 @@ class TrainCLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise ValueError(self._option_error(str(error))) from error
         subcommand = self.config.subcommand
+        for name in ("model", "data", "trainer"):
+            if not isinstance(value := self.config[subcommand].get(name), Namespace):
+                raise ValueError(f"{name} is {value!r}: give its options, or leave it out")
         if self.checkpoint is not None:
             self.checkpoint.check_data(self.config[subcommand].data)
             pinned = self.checkpoint.pin(self.config[subcommand].model.as_dict())

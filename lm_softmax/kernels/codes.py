@@ -168,7 +168,7 @@ def logit_chunks(inputs: Tensor, code: ProductCode, dtype: torch.dtype) -> Itera
     A chunk is valid until the next one is asked for.
     """
     total_dtype, chunks = accumulation_dtype(dtype), code.chunks()
-    if table_is_cheaper(inputs.shape[0], code, dtype):
+    if len(inputs) and table_is_cheaper(len(inputs), code, dtype):  # sums want a token
         table = product_table(inputs, code, dtype)
         for part in chunks:
             yield F.embedding_bag(code.places(part), table, mode="sum").t().contiguous()

@@ -357,7 +357,9 @@ class TestBoundsAreNeverStale:
         head, hidden = large_tails()
         for scale in (0.0, 0.0, 1.0, 1e4):
             log_probs = head.log_prob(hidden * scale).topk(10).values
-            assert_close(head.topk(hidden * scale, 10).log_probs, log_probs)
+            found = head.topk(hidden * scale, 10).log_probs
+            # products of other shapes round logits of thousands to another last digit or two
+            assert_close(found, log_probs, rtol=4e-6, atol=1e-5)
 
 
 class TestTrees:

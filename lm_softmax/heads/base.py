@@ -140,7 +140,7 @@ class OutputHead(nn.Module, ABC):
         """
         self._check_k(k)
         rows = self._flatten(hidden)
-        found = [_stable_topk(self._log_probs(part), k) for part in self._row_chunks(rows)]
+        found = [TopK(*stable_topk(self._log_probs(part), k)) for part in self._row_chunks(rows)]
         shape = (*hidden.shape[:-1], k)
         values = torch.cat([chunk.log_probs for chunk in found]).view(shape)
         return TopK(values, torch.cat([chunk.indices for chunk in found]).view(shape))
@@ -324,8 +324,3 @@ def _check_counts(counts: Tensor, vocab_size: int) -> None:
             f"ids must be ranked by frequency: word {word} has count {counts[word].item()}"
             f" after {counts[word - 1].item()}"
         )
-
-
-def _stable_topk(log_probs: Tensor, k: int) -> TopK:
-    """Top k of `(N, V)`, equal values by lower id, which `torch.topk` leaves open."""
-    return TopK(*stable_topk(log_probs, k))

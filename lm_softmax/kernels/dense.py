@@ -101,7 +101,7 @@ def fuses(like: Tensor) -> bool:
 def chunk_rows(
     num_rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor | None = None
 ) -> int:
-    """Rows per chunk, all of about equal size: about `CHUNK_BYTES` of logits.
+    """Rows per chunk: at most about `CHUNK_BYTES` of logits, in chunks of equal size on a CPU.
 
     An accelerator reads and writes the weights' gradient once a chunk, 8 bytes a weight, and moves
     about 16 bytes a logit. From as many rows as the matrix is wide the logits outweigh the weights,

@@ -11,7 +11,8 @@ from torch import Tensor
 from lm_softmax.heads import AdaptiveSoftmax
 from lm_softmax.heads.cost_model import COST_MODELS, CostModel, predicted_time
 from lm_softmax.heads.cutoffs import zipf_counts
-from lm_softmax.kernels.dense import Gradients, Matrix, Objective, dense_pass
+from lm_softmax.kernels.dense import Gradients, Matrix, Objective
+from lm_softmax.kernels.dense_pass import dense_pass
 
 # rows, width and words of the products that a short-list and tails consist of
 PRODUCTS = [

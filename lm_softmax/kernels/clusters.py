@@ -16,8 +16,8 @@ from lm_softmax.kernels.dense import (
     Matrix,
     Objective,
     accumulation_dtype,
-    dense_pass,
 )
+from lm_softmax.kernels.dense_pass import dense_pass
 from lm_softmax.kernels.workspace import reads_are_cheap
 
 

@@ -1,9 +1,4 @@
-"""One softmax over stacked blocks of output rows, in chunks of tokens, gradients on the way.
-
-The `(N, V)` matrix of logits never exists as a whole. A chunk of it is written into a work buffer,
-turned into probabilities in place, then into the derivative of the loss by the logits in place,
-and multiplied into the gradients of hidden and weight before the next chunk overwrites it.
-"""
+"""Terms of a softmax over output rows, and a chunk of tokens: logits, losses, gradients."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -119,70 +114,6 @@ def chunk_rows(
         most = most // TILE_ROWS * TILE_ROWS or most
         return max(min(num_rows, most), 1)
     return max(-(-num_rows // max(-(-num_rows // most), 1)), 1)
-
-
-def dense_pass(
-    hidden: Tensor,
-    matrix: Matrix,
-    target: Tensor,
-    objective: Objective,
-    dtype: torch.dtype,
-    *,
-    scale: Tensor | None = None,
-    gradients: Gradients | None = None,
-) -> Tensor:
-    """Loss of each row; with `gradients`, also those of `sum(scale * loss)`, written into them.
-
-    Equals `F.cross_entropy(F.linear(hidden, torch.cat(blocks), bias), target, reduction="none")`
-    with the options of `objective`.
-
-    Args:
-        hidden: `(N, width)`.
-        matrix: Output rows, V in all.
-        target: `(N,)`, each in `[0, V)`.
-        objective: The loss of a row.
-        dtype: Of the operands of the matrix products; sums are kept in at least float32.
-        scale: `(N,)`, weight of each row in the gradients; None is one.
-        gradients: Buffers of at least float32, shaped like what they belong to.
-    """
-    total_dtype = accumulation_dtype(dtype)
-    if gradients is not None and gradients.none_wanted:
-        gradients = None
-    rounded = Matrix([block.to(dtype) for block in matrix.blocks], matrix.bias)
-    gradient_dtype = dtype if products.products_widen(hidden) else total_dtype
-    blocks = [block.to(gradient_dtype) for block in matrix.blocks] if gradients else []
-    loss = torch.empty(hidden.shape[0], dtype=total_dtype, device=hidden.device)
-    largest = None
-    if scale is not None:
-        scale = scale.to(total_dtype)
-        if dtype == torch.float16 and scale.numel():  # a GradScaler's factor would overflow
-            largest = scale.abs().amax().clamp(min=torch.finfo(total_dtype).tiny)
-            scale = scale / largest
-    rows = chunk_rows(hidden.shape[0], matrix.num_rows, total_dtype, hidden)
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        inputs = hidden[part].to(dtype)
-        loss[part], derivative = row_losses(
-            inputs,
-            rounded,
-            target[part],
-            objective,
-            with_derivative=gradients is not None,
-            scale=None if scale is None else scale[part],
-            dtype=gradient_dtype,
-        )
-        if gradients is not None and derivative is not None:
-            of_chunk = gradients._replace(
-                hidden=None if gradients.hidden is None else gradients.hidden[part]
-            )
-            add_gradients(derivative, inputs, blocks, of_chunk, keep=start > 0)
-    if gradients is not None:
-        for buffer in (gradients.hidden, *gradients.blocks, gradients.bias):
-            if buffer is not None and hidden.shape[0] == 0:
-                buffer.zero_()
-            elif buffer is not None and largest is not None:
-                buffer.mul_(largest)
-    return loss
 
 
 def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Tensor) -> Tensor:

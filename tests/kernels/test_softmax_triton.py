@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
-from lm_softmax.kernels import Objective, clusters, dense, products, workspace
+from lm_softmax.kernels import Objective, clusters, dense, dense_pass, products, workspace
 
 pytest.importorskip("triton", reason="the kernel needs Triton")
 
@@ -191,7 +191,7 @@ def fused(monkeypatch):
         calls.append(arguments[0].shape)
         return softmax_losses(*arguments, **options)
 
-    for module in (dense, clusters, workspace):
+    for module in (dense, dense_pass, clusters, workspace):
         monkeypatch.setattr(module, "reads_are_cheap", lambda like: False)
     monkeypatch.setattr(dense, "fuses", lambda like: True)
     monkeypatch.setattr(softmax_triton, "softmax_losses", counted)

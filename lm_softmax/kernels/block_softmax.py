@@ -185,7 +185,7 @@ def _softmax(
     peak = top.amax(0)
     log_share = top.sub_(peak).add_(log_sum)
     log_total = log_share.logsumexp(0)
-    log_share.sub_(log_total).clamp_(max=0)
+    log_share.sub_(log_total)
     return _Normaliser(peak, log_total, log_share), logit_sum
 
 

@@ -71,7 +71,7 @@ def filled_up(left: Tensor) -> int:
 
 def _uses_onednn() -> bool:
     """`torch.backends.mkldnn.flags(enabled=False)` is the way to do without it."""
-    return torch.backends.mkldnn.enabled and _prefers_onednn()
+    return bool(torch.backends.mkldnn.enabled) and _prefers_onednn()
 
 
 @cache

@@ -110,6 +110,7 @@ def test_equals_the_equation(
     assert_close(alone.double(), losses, **close)
 
 
+@pytest.mark.filterwarnings("ignore:TF32")  # which torch says of any of its switches
 def test_a_library_that_is_switched_off_is_not_used(monkeypatch):
     monkeypatch.setattr(products, "_prefers_onednn", lambda: True)
     left = torch.empty(129, 1)
@@ -134,18 +135,30 @@ def test_both_libraries_agree_with_the_equation(library, num_rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [50.0, 80.0, 500.0, 1e4])
-def test_blocks_that_have_no_share(dtype, gap):
-    """A target far below the most probable word, in a block of its own, and that word itself."""
-    weight = torch.zeros(21, 2, dtype=dtype)
-    weight[3, 0], weight[10, 1] = gap, 1.0
-    hidden = torch.tensor([[1.0, 0.5]], dtype=dtype).expand(3, 2).contiguous()
-    target = torch.tensor([10, 3, 20])
-    scale = torch.ones(3, dtype=dtype)
-    losses, gradients = equation(hidden, [weight], None, target, PLAIN, scale)
-    own, own_gradients = found(hidden, [weight], None, target, PLAIN, scale)
+@pytest.mark.parametrize("softcap", [None, 600.0])
+def test_targets_far_below_the_most_probable_words(dtype, gap, softcap):
+    """In a block of their own, which then has no share, or in that of those words."""
+    weight, bias = torch.zeros(21, 2, dtype=dtype), torch.linspace(0, 1, 21, dtype=dtype)
+    weight[3:5, 0], weight[10, 1] = gap, 1.0
+    bias[3:5] = 0
+    hidden = torch.tensor([[1.0, 0.5]], dtype=dtype).expand(4, 2).contiguous()
+    target = torch.tensor([10, 3, 20, 6])
+    arguments = hidden, [weight], bias, target, Objective(softcap), torch.ones(4, dtype=dtype)
+    losses, gradients = equation(*arguments)
+    own, own_gradients = found(*arguments)
     assert_close(own, losses.to(dtype), rtol=1e-6, atol=1e-30)
     assert_close(own_gradients, [gradient.to(dtype) for gradient in gradients])
-    assert own[0] > gap - 1
+    assert own[[0, 2, 3]].min() > min(gap, 400) - 1
+
+
+def test_operands_of_low_precision():
+    """Logits of bfloat16 operands are rounded once and everything else is float32."""
+    hidden, weight = torch.randn(30, 6).bfloat16(), torch.randn(20, 6).bfloat16()
+    bias, target = torch.randn(20), torch.randint(20, (30,))
+    losses, _ = block_losses(hidden, Matrix([weight], bias), target, PLAIN, with_derivative=False)
+    assert losses.dtype == torch.float32
+    logits = (hidden @ weight.t()).float() + bias
+    assert_close(losses, F.cross_entropy(logits, target, reduction="none"))
 
 
 def test_impossible_words():

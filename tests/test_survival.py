@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import survival
 import torch
 from survival import assert_same_run, begin, call, call_ranks, end, rows
 
+from lm_softmax.cli.checkpoint_io import AtomicCheckpointIO
 from lm_softmax.module import LanguageModel
-from lm_softmax.vocab import Vocab
+from lm_softmax.vocab import Vocab, load_archive
 
 KINDS = {
     "sampled": {},
@@ -283,6 +285,58 @@ def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(trained):
     shutil.rmtree(folder / run / "checkpoints")
     said = call("fit", "--run", run, "--ckpt_path", "last", folder=folder)
     assert (said.code, said.err) == (2, f"error: no checkpoint {last}\n")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_damaged_checkpoint_never_replaces_the_one_before_it(links, tmp_path, monkeypatch):
+    """Killed at any moment of the saves after it, with and without hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", _refuse)
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    seen = set()
+    for at in (*range(1, 30), 0):
+        for number, file in enumerate((previous, last)):
+            torch.save({"step": number, "weights": torch.zeros(999)}, file)
+        flip(last)
+        seen.add(_killed_in_a_save(last, at))
+        whole = [step for file in (last, previous) if (step := _step(file)) is not None]
+        assert whole
+        assert whole == sorted(whole, reverse=True)
+    assert whole == [3, 2]
+    assert seen == {0, signal.SIGKILL}
+
+
+def _refuse(*args):
+    raise PermissionError
+
+
+def _killed_in_a_save(last, at):
+    """A process that saves twice; its signal, which comes at the event `at`."""
+    if not (process := os.fork()):
+        events = 0
+
+        def count(event, args):
+            nonlocal events
+            if event in ("open", *survival.FILE_EVENTS) and str(last.parent) in str(args[0]):
+                events += 1
+                if events == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        save = AtomicCheckpointIO().save_checkpoint
+        try:
+            save({"step": 2, "weights": torch.ones(999)}, last)
+            save({"step": 3, "weights": torch.ones(999)}, last)
+        finally:
+            os._exit(0)
+    return os.waitpid(process, 0)[1]
+
+
+def _step(file):
+    try:
+        return load_archive(file)["step"]
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def limited(limit, *args, folder, **options):

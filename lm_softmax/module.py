@@ -361,7 +361,9 @@ class LanguageModel(LightningModule):
     def _log_loss(self) -> None:
         """Logs nats a target over the window so far, where the trainer logs this step."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every < 1 or (self.global_step + 1) % every:
+        step = self.global_step + 1
+        stops = self.trainer.should_stop or 0 <= self.trainer.max_steps <= step
+        if every < 1 or (step % every and not stops):  # where it stops, it logs the latest values
             return
         self._watch.check()
         # On the host, or the progress bar waits for the device each time it is drawn.

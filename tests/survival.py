@@ -33,7 +33,11 @@ class Ended(NamedTuple):
     code: int
     out: str
     err: str
-    num_events: int
+    events: list[str]
+
+    @property
+    def num_events(self):
+        return len(self.events)
 
 
 class _Events:
@@ -42,12 +46,12 @@ class _Events:
     def __init__(self, at: int, number: int) -> None:
         from lightning.pytorch.trainer import call
 
-        self.count, self._at, self._number = 0, at, number
+        self.names, self._at, self._number = [], at, number
         self._pid, hooks = os.getpid(), call._call_callback_hooks
 
-        def with_event(*args, **kwargs):
-            self.happen()
-            return hooks(*args, **kwargs)
+        def with_event(trainer, hook, *args, **kwargs):
+            self.happen(hook)
+            return hooks(trainer, hook, *args, **kwargs)
 
         call._call_callback_hooks = with_event
         sys.addaudithook(self._audit)
@@ -55,13 +59,13 @@ class _Events:
     def _audit(self, event, args):
         opened = event == "open" and isinstance(args[2], int) and args[2] & WRITES
         if (opened or event in FILE_EVENTS) and "runs" in str(args[0]):
-            self.happen()
+            self.happen(f"{event} {os.path.basename(str(args[0]))}")
 
-    def happen(self):
+    def happen(self, name):
         if os.getpid() != self._pid:
             return
-        self.count += 1
-        if self.count == self._at:
+        self.names.append(name)
+        if len(self.names) == self._at:
             os.kill(self._pid, self._number)
 
 
@@ -87,7 +91,7 @@ def _child(args, folder, name, at, number, environment):
     finally:
         sys.stdout.flush()
         if not limit and not user:
-            Path(f"{name}.events").write_text(str(events.count))
+            Path(f"{name}.events").write_text("\n".join(events.names))
 
 
 def begin(*args, folder, at=0, number=signal.SIGKILL, name="said", **environment):
@@ -111,7 +115,8 @@ def end(process, *, folder, name="said", timeout=300):
         raise AssertionError(f"it hangs: {Path(folder, f'{name}.err').read_text()}")
     events = Path(folder, f"{name}.events")
     said = [Path(folder, f"{name}.{suffix}").read_text() for suffix in ("out", "err")]
-    return Ended(process.exitcode, *said, int(events.read_text()) if events.is_file() else -1)
+    names = events.read_text().splitlines() if events.is_file() else []
+    return Ended(process.exitcode, *said, names)
 
 
 def call(*args, folder, **options):
@@ -219,6 +224,9 @@ def state(run, name="last"):
     content = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
     del content["hyper_parameters"]["requested"]  # a resumed run asks for what was chosen before
     content["datamodule_hyper_parameters"].pop("vocab_path")  # the checkpoint gone on from
+    for name in [*content["callback_metrics"]]:
+        if name.startswith(("perf/", "mem/")):
+            del content["callback_metrics"][name]
     for key, callback in content["callbacks"].items():
         if key.startswith(("StepTimeMonitor", "RunSummary", "ModelCheckpoint", "LastCheckpoint")):
             for part in [*callback]:

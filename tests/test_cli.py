@@ -634,18 +634,21 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        ("--trainer.max_epochs=1", "has done 1 epochs of trainer.max_epochs=1 already: raise "),
-        ("--trainer.max_steps=10", "has done 10 steps of trainer.max_steps=10 already: raise "),
+        ("--trainer.max_epochs=1", "done 1 epochs of trainer.max_epochs=1 already: raise trainer."),
+        ("--trainer.max_steps=10", "done 10 steps of trainer.max_steps=10 already: raise trainer."),
     ],
 )
 def test_a_complete_run_is_left_as_it_is(limit, message, trained):
+    """A script that starts a run again until its exit code is 0 comes to an end."""
     run, _ = trained
+    last = run / "checkpoints/last.ckpt"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    line = error_of("fit", "--run", run, "--ckpt_path", "last", limit)
-    assert message in line
+    said = done("fit", "--run", run, "--ckpt_path", "last", limit)
+    assert said.out.startswith(f"nothing is left to do: {last} has {message}")
+    assert said.out.count("\n") == 1
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    line = error_of(*FIT, "--ckpt_path", run / "checkpoints/last.ckpt", limit)
-    assert message in line
+    line = error_of(*FIT, "--ckpt_path", last, limit)
+    assert line.startswith(f"{last} has {message}")
     assert not Path("refused").exists()
 
 

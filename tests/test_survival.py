@@ -1,10 +1,12 @@
 """Runs that are killed, terminated, damaged or starved of disk, and what is left of them."""
 
+import json
 import os
 import pickle
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import survival
 import torch
 from survival import assert_same_run, begin, call, call_ranks, end, rows
 
+from lm_softmax.cli.checkpoint_io import AtomicCheckpointIO
 from lm_softmax.module import LanguageModel
-from lm_softmax.vocab import Vocab
+from lm_softmax.vocab import Vocab, load_archive
 
 KINDS = {
     "sampled": {},
@@ -45,11 +48,9 @@ def whole(request, tmp_path_factory):
 
 
 def go_on(folder, run, **options):
-    """Begins a run, or goes on with it; one that is complete is left as it is, with code 0."""
+    """Begins a run, or goes on with it."""
     if (folder / run / "checkpoints" / "last.ckpt").is_file():
-        said = call("fit", "--run", run, "--ckpt_path", "last", folder=folder, **options)
-        complete = said.code == 2 and "has done 2 epochs" in said.err
-        return said._replace(code=0) if complete else said
+        return call("fit", "--run", run, "--ckpt_path", "last", folder=folder, **options)
     shutil.rmtree(folder / run, ignore_errors=True)
     return call("fit", "-c", "all.yaml", "--run", run, folder=folder, **options)
 
@@ -86,6 +87,79 @@ def test_terminated_at_any_moment_a_run_goes_on(whole):
     assert codes[0] == 143
     assert codes[-1] == 0, said.err
     assert_same_run(folder / run, folder / RUN)
+
+
+EARLY_STOPPING = {
+    "class_path": "EarlyStopping",
+    "init_args": {"monitor": "val/ppl", "patience": 1},
+}
+ENDS = {
+    "a number of steps": (
+        {"trainer.max_epochs": -1, "trainer.max_steps": 7, "trainer.val_check_interval": 1.0},
+        "has done 7 steps of trainer.max_steps=7 already: raise trainer.max_steps",
+    ),
+    "early stopping": (
+        {"model.optimizer": {"init_args": {"lr": 1.0}}, "trainer.callbacks+": [EARLY_STOPPING]},
+        "has done 5 steps, after which early stopping ended the run: "
+        "leave EarlyStopping of val/ppl out",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_killed_after_its_last_checkpoint_a_run_is_completed(kind, tmp_path):
+    """The metrics, the best checkpoint and the summary of its end are there; it trains no more."""
+    changes, message = ENDS[kind]
+    survival.write_corpus(tmp_path / "corpus")
+    survival.write_config(tmp_path, "all.yaml", **{"trainer.max_epochs": 9} | changes)
+    begun = ("fit", "-c", "all.yaml", "--run")
+    whole = call(*begun, RUN, folder=tmp_path)
+    assert whole.code == 0, whole.err
+    run = Path("runs/killed")
+    renamed = max(i for i, e in enumerate(whole.events) if e == "os.rename last.ckpt.partial")
+    killed = call(*begun, run, folder=tmp_path, at=renamed + 3)  # the first that is not the save's
+    assert killed.code == -signal.SIGKILL
+    last = run / "checkpoints" / "last.ckpt"
+    written = (tmp_path / last).read_bytes()
+    assert _summary(tmp_path / run)["status"] == "running"
+    said = go_on(tmp_path, run)
+    assert (said.code, said.out.splitlines()[0]) == (
+        0,
+        f"nothing is left to do: {last} {message} to train on",
+    )
+    assert (tmp_path / last).read_bytes() == written
+    assert_same_run(tmp_path / run, tmp_path / RUN)
+    assert _summary(tmp_path / run) == _summary(tmp_path / RUN)
+    before = {path: path.read_bytes() for path in (tmp_path / run).rglob("*") if path.is_file()}
+    said = go_on(tmp_path, run)
+    assert (said.code, said.out.count("\n")) == (0, 1)
+    assert {p: p.read_bytes() for p in (tmp_path / run).rglob("*") if p.is_file()} == before
+
+
+def _summary(run):
+    """What the summary says, but times, memory and the name of the run."""
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("run_dir", "wall_time_s", "train_time_s"):
+        assert summary.pop(name), name
+    for name in ("best", "last"):
+        assert summary[name].pop("perf/train_time_s") > 0
+    return summary | {name: sorted(summary[name]) for name in ("perf", "mem")}
+
+
+def test_what_is_done_at_the_end_of_an_epoch_is_not_lost(tmp_path):
+    """Early stopping looks at the metrics of a validation that the checkpoint was written after."""
+    survival.write_corpus(tmp_path / "corpus")
+    survival.write_config(tmp_path, "all.yaml", **{"trainer.val_check_interval": 1.0})
+    begun = ("fit", "-c", "all.yaml", "--run")
+    whole = call(*begun, RUN, folder=tmp_path)
+    assert whole.code == 0, whole.err
+    run = Path("runs/killed")
+    assert call(*begun, run, folder=tmp_path, at=whole.num_events // 2).code == -signal.SIGKILL
+    loops = survival.state(tmp_path / run)["loops"]["fit_loop"]
+    assert loops["epoch_loop.batch_progress"]["is_last_batch"]
+    said = go_on(tmp_path, run)
+    assert said.code == 0, said.err
+    assert_same_run(tmp_path / run, tmp_path / RUN)
 
 
 # One training is enough for what follows
@@ -211,6 +285,58 @@ def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(trained):
     shutil.rmtree(folder / run / "checkpoints")
     said = call("fit", "--run", run, "--ckpt_path", "last", folder=folder)
     assert (said.code, said.err) == (2, f"error: no checkpoint {last}\n")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_damaged_checkpoint_never_replaces_the_one_before_it(links, tmp_path, monkeypatch):
+    """Killed at any moment of the saves after it, with and without hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", _refuse)
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    seen = set()
+    for at in (*range(1, 30), 0):
+        for number, file in enumerate((previous, last)):
+            torch.save({"step": number, "weights": torch.zeros(999)}, file)
+        flip(last)
+        seen.add(_killed_in_a_save(last, at))
+        whole = [step for file in (last, previous) if (step := _step(file)) is not None]
+        assert whole
+        assert whole == sorted(whole, reverse=True)
+    assert whole == [3, 2]
+    assert seen == {0, signal.SIGKILL}
+
+
+def _refuse(*args):
+    raise PermissionError
+
+
+def _killed_in_a_save(last, at):
+    """A process that saves twice; its signal, which comes at the event `at`."""
+    if not (process := os.fork()):
+        events = 0
+
+        def count(event, args):
+            nonlocal events
+            if event in ("open", *survival.FILE_EVENTS) and str(last.parent) in str(args[0]):
+                events += 1
+                if events == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        save = AtomicCheckpointIO().save_checkpoint
+        try:
+            save({"step": 2, "weights": torch.ones(999)}, last)
+            save({"step": 3, "weights": torch.ones(999)}, last)
+        finally:
+            os._exit(0)
+    return os.waitpid(process, 0)[1]
+
+
+def _step(file):
+    try:
+        return load_archive(file)["step"]
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def limited(limit, *args, folder, **options):

@@ -25,8 +25,15 @@ class LogSteps:
         return ended
 
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """Says whether the trainer logs the step that has just ended."""
-        return ever_logs(trainer) and trainer.global_step % _interval(trainer) == 0
+        """Says whether the trainer logs the step that has just ended.
+
+        It does every so many steps, and when it stops: of a figure that is not logged anew then, it
+        would repeat an old value.
+        """
+        if not ever_logs(trainer):
+            return False
+        stops = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        return stops or trainer.global_step % _interval(trainer) == 0
 
 
 def ever_logs(trainer: pl.Trainer) -> bool:

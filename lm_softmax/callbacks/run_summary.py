@@ -63,6 +63,7 @@ class RunSummary(pl.Callback):
         self._model: dict[str, Any] = {}
         self._best: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._measured: dict[str, Any] = {}  # speed and memory, until they are measured anew
         self._earlier_s = 0.0
         self._start = 0.0
         self._fitting = False
@@ -73,12 +74,19 @@ class RunSummary(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed fit goes on from."""
-        return {"best": self._best, "last": self._last, "wall_time_s": self._wall_time_s}
+        measured = {name: self.summary[name] for name in ("perf", "mem") if name in self.summary}
+        return {
+            "best": self._best,
+            "last": self._last,
+            "wall_time_s": self._wall_time_s,
+            "measured": measured,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from the fit that wrote a checkpoint."""
         self._best, self._last = state_dict["best"], state_dict["last"]
         self._earlier_s = state_dict["wall_time_s"]
+        self._measured = state_dict.get("measured", {})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Describes the model, while its parameters are whole on each rank."""
@@ -143,7 +151,7 @@ class RunSummary(pl.Callback):
             **self._model,
             "best": self._best,
             "last": self._last,
-            **_measured(trainer),
+            **{n: value or self._measured.get(n, value) for n, value in _measured(trainer).items()},
             "steps": trainer.global_step,
             "wall_time_s": self._wall_time_s,
             "checkpoints": _checkpoints(trainer, folder),

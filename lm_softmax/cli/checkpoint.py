@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lm_softmax import factory
 from lm_softmax.checkpoint import PARTS, Checkpoint
 from lm_softmax.cli.checkpoint_io import FOLDER, LAST, PREVIOUS, REQUEUED
+from lm_softmax.cli.last_state import has_stopped
 from lm_softmax.module import LanguageModel
 
 
@@ -84,13 +86,18 @@ class RunCheckpoint(Checkpoint):
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
-    def check_limits(self, max_epochs: int | None, max_steps: int) -> None:
-        """Raises a ValueError if a fit with these limits cannot do a step from here."""
+    def end(self, trainer: pl.Trainer) -> str | None:
+        """Why a fit cannot do a step from here, and what to change; None where it can.
+
+        Raises:
+            ValueError: If there is no training to go on with.
+        """
         if "loops" not in self.content:
             raise ValueError(f"{self.path} holds weights alone, no training to go on with")
+        max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
         if 0 <= max_steps <= self.step:
-            raise ValueError(
-                f"{self.path} has done {self.step} steps of trainer.max_steps={max_steps} already: "
+            return (
+                f"has done {self.step} steps of trainer.max_steps={max_steps} already: "
                 "raise trainer.max_steps"
             )
         loops = self.content["loops"]["fit_loop"]
@@ -98,10 +105,19 @@ class RunCheckpoint(Checkpoint):
         whole = loops["epoch_loop.batch_progress"]["is_last_batch"]
         done = epochs["started" if whole else "processed"]
         if max_epochs is not None and 0 <= max_epochs <= done:
-            raise ValueError(
-                f"{self.path} has done {done} epochs of trainer.max_epochs={max_epochs} already: "
+            return (
+                f"has done {done} epochs of trainer.max_epochs={max_epochs} already: "
                 "raise trainer.max_epochs"
             )
+        enough = self.step >= (trainer.min_steps or 0) and done >= (trainer.min_epochs or 0)
+        for callback in trainer.early_stopping_callbacks if enough else []:
+            state = self.content["callbacks"].get(callback.state_key, {})
+            if has_stopped(state):
+                return (
+                    f"has done {self.step} steps, after which early stopping ended the run: "
+                    f"leave EarlyStopping of {callback.monitor} out"
+                )
+        return None
 
     def defaults(self, data_options: Iterable[str]) -> dict[str, Any]:
         """Values of the options `model.*` and `data.*` of the run that wrote the checkpoint.

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
+from lm_softmax.vocab import load_archive
+
 FOLDER, LAST, PREVIOUS = "checkpoints", "last.ckpt", "previous.ckpt"
 REQUEUED = "hpc_ckpt_*.ckpt"  # what Lightning writes before it puts a SLURM job back in the queue
 
@@ -14,9 +16,14 @@ REQUEUED = "hpc_ckpt_*.ckpt"  # what Lightning writes before it puts a SLURM job
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the file of the name, forces it to the disk, and renames it.
 
-    A `last.ckpt` that is replaced stays as `previous.ckpt`. Whatever ends the process, and if the
-    disk is full, each name holds what it held before or the new one, whole.
+    A `last.ckpt` that is replaced stays as `previous.ckpt`, unless it is damaged: one that another
+    process wrote is read before. Whatever ends the process, and if the disk is full, each name
+    holds what it held before or the new one, whole.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: set[Path] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -31,10 +38,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, partial)
-            if file.name == LAST and file.exists():
+            if file.name == LAST and file.exists() and self._is_whole(file):
                 _link(file, file.with_name(PREVIOUS))
             partial.replace(file)
             _sync_folder(file.parent)
+            self._written.add(file)
         except OSError as error:
             raise ValueError(
                 f"cannot write the checkpoint {file}: {error.strerror or error}; "
@@ -42,6 +50,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         finally:
             partial.unlink(missing_ok=True)
+
+    def _is_whole(self, file: Path) -> bool:
+        if file in self._written:
+            return True
+        try:
+            load_archive(file, mmap=True)
+        except ValueError:
+            return False
+        return True
 
 
 class _Stream:

@@ -39,6 +39,7 @@ BEST = {
     "monitor": "val/ppl",
     "mode": "min",
     "filename": "best",
+    "save_on_train_epoch_end": False,  # with the validation, and so before `last.ckpt`
     "auto_insert_metric_name": False,
     "enable_version_counter": False,
 }
@@ -243,12 +244,22 @@ class TrainCLI(LightningCLI):
         return made
 
     def fit(self, **options: Any) -> None:
-        """Trains, and closes with what came of it; a run that does no step leaves no folder."""
+        """Trains, and closes with what came of it; a run that does no step leaves no folder.
+
+        Where `last` is the end of the run, it says so. What a kill may have kept the run from
+        writing after its last checkpoint is made up for.
+        """
         assert self.folder is not None
         path = self.checkpoint and self.checkpoint.path
         try:
             if self.checkpoint is not None:
-                self.checkpoint.check_limits(self.trainer.max_epochs, self.trainer.max_steps)
+                end = self.checkpoint.end(self.trainer)
+                if end and self.given.ckpt_path != "last":
+                    raise ValueError(f"{path} {end}")
+                if end:
+                    _say(f"nothing is left to do: {path} {end} to train on")
+                    if self.folder.is_closed(self._first_step):
+                        return
                 num_rows = self.checkpoint.content.get("num_rows")
                 self.folder.keep_rows(self.trainer.loggers, num_rows, self._first_step)
             self.trainer.fit(**options | {"ckpt_path": path, "weights_only": True})
@@ -263,7 +274,8 @@ class TrainCLI(LightningCLI):
         self.folder.remove(only_empty=True)  # trainer.fast_dev_run writes nothing
         for callback in self._callbacks:
             if isinstance(callback, RunSummary):
-                sys.stdout.writelines(f"{line}\n" for line in callback.lines())
+                for line in callback.lines():
+                    _say(line)
 
     def validate(self, **options: Any) -> None:
         """Prints the metrics of the validation split."""
@@ -283,7 +295,7 @@ class TrainCLI(LightningCLI):
         self._evaluate(self.trainer.predict, **options | {"return_predictions": False})
         what = "log-probabilities of each token"
         what += " and a continuation of each row" if num_tokens else ""
-        sys.stdout.write(f"{what}: {writer.path}\n")
+        _say(f"{what}: {writer.path}")
 
     def _evaluate(self, run: Callable[..., Any], **options: Any) -> None:
         assert self.checkpoint is not None
@@ -370,6 +382,11 @@ def _is_ctrl_c(error: BaseException) -> bool:
 def _is_requeued() -> bool:
     """Whether SLURM has put the job back in the queue and starts its command once more."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
 
 
 @rank_zero_only

@@ -1,7 +1,7 @@
 """The state that a run can go on from: when it is written, and what may interrupt a step."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -10,8 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from lm_softmax.cli.checkpoint_io import LAST, REQUEUED
 from lm_softmax.cli.metrics_table import TableLogger
@@ -19,6 +21,12 @@ from lm_softmax.cli.metrics_table import TableLogger
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 LOOK_EVERY = 20  # steps between two looks at the clock, at which all processes agree
 Handler = Callable[[int, FrameType | None], Any]
+
+
+def has_stopped(state: Mapping[str, Any]) -> bool:
+    """Whether the `EarlyStopping` with this state has asked the trainer to stop."""
+    reason: int = state.get("stopping_reason", EarlyStoppingReason.NOT_STOPPED.value)
+    return reason != EarlyStoppingReason.NOT_STOPPED.value
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -29,12 +37,14 @@ class LastCheckpoint(ModelCheckpoint):
     process of several failed, the others would wait for it for ever. It stays as well where an
     interrupt hits a step or a validation, which a resumed run then does again from its start.
 
-    Every checkpoint holds how many rows of metrics.csv were written before it.
+    Every checkpoint holds how many rows of metrics.csv were written before it, and the metrics that
+    other callbacks look at. Where early stopping has asked for the end, a resumed run is at it.
     """
 
     def __init__(self) -> None:
         super().__init__(filename=Path(LAST).stem, enable_version_counter=False)
         self._trained = self._in_step = False
+        self._metrics: dict[str, Tensor] = {}  # of the checkpoint that a run goes on from
 
     def save(self, trainer: pl.Trainer) -> None:
         """Writes the file, unless the step has one; what a requeued job left goes."""
@@ -50,6 +60,9 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._trained = self._in_step = False
         self._last_global_step_saved = trainer.global_step
+        trainer.callback_metrics.update(self._metrics)
+        if any(has_stopped(callback.state_dict()) for callback in trainer.early_stopping_callbacks):
+            trainer.should_stop = True
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """From here on, until the batch ends, the state is neither that before nor that after."""
@@ -80,6 +93,9 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Takes back a batch that was fetched but not trained on, and counts what was logged."""
         checkpoint["num_rows"] = _flushed(trainer)
+        checkpoint["callback_metrics"] = {
+            name: value.detach().cpu() for name, value in trainer.callback_metrics.items()
+        }
         loop = checkpoint["loops"]["fit_loop"]
         progress = loop["epoch_loop.batch_progress"]
         done = progress["current"]["completed"]
@@ -91,6 +107,12 @@ class LastCheckpoint(ModelCheckpoint):
         for loader in loop["state_dict"].get("combined_loader", []):
             if "given" in loader:  # the position of `TextDataModule`'s loader
                 loader["given"] = done
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the metrics for the start of the training."""
+        self._metrics = checkpoint.get("callback_metrics", {})
 
 
 class BetweenSteps(pl.Callback):

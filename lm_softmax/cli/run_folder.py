@@ -1,5 +1,6 @@
 """The one folder of a run: its name, its loggers, and what is left of it when nothing was run."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lm_softmax.callbacks.run_summary import FILE_NAME
 from lm_softmax.cli.checkpoint_io import FOLDER, LAST
 from lm_softmax.cli.metrics_table import TableLogger
 
@@ -74,6 +76,15 @@ class RunFolder:
         if not last.is_file():
             return "interrupted before the first checkpoint"
         return f"interrupted; {last} goes on with: fit --run {self.path} --ckpt_path last"
+
+    def is_closed(self, step: int) -> bool:
+        """Whether the summary is that of a run which came to its end, after so many steps."""
+        try:
+            summary = json.loads((self.path / FILE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        ended = {"status": "finished", "steps": step}
+        return isinstance(summary, dict) and ended.items() <= summary.items()
 
     def loggers(self, step: int = 0) -> list[Logger]:
         """TensorBoard and CSV side by side in the folder; on a resumed run from `step` on."""

@@ -283,7 +283,8 @@ class TrainCLI(LightningCLI):
         self._evaluate(self.trainer.predict, **options | {"return_predictions": False})
         what = "log-probabilities of each token"
         what += " and a continuation of each row" if num_tokens else ""
-        sys.stdout.write(f"{what}: {writer.path}\n")
+        if writer.path is not None:
+            sys.stdout.write(f"{what}: {writer.path}\n")
 
     def _evaluate(self, run: Callable[..., Any], **options: Any) -> None:
         assert self.checkpoint is not None

@@ -74,6 +74,7 @@ def _child(args, folder, name, at, number, environment):
 
     from lm_softmax import cli
 
+    multiprocessing.set_start_method("fork", force=True)  # not the way that this process came by
     os.chdir(folder)
     os.environ.update(environment)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import survival
-import torch
 from survival import assert_same_run, call, call_ranks, rows, seen
 
 OVERLAYS = Path(__file__).parent.parent / "configs" / "parallel"
@@ -142,7 +141,6 @@ def test_two_processes_evaluate_as_one(trained):
     assert "predictions" not in said[1].out
     for line, other in zip(expected, found, strict=True):
         assert other | {"log_probs": pytest.approx(line["log_probs"], abs=1e-5)} == line
-
 
 
 def test_replicas_write_a_file_each(trained):

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process, so that a step does not pay for fresh pages again and again."""
+"""Keep freed memory in the process, where its pages are used again, or give it back."""
 
 import ctypes
 import os
@@ -27,3 +27,13 @@ def keep_pages() -> bool:
     if mallopt is None:  # musl has none
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back_pages() -> None:
+    """Return freed memory to the system, of which glibc keeps some hundred MB after much work.
+
+    Nothing is done where there is no glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

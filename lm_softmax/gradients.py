@@ -142,6 +142,23 @@ def local(gradient: Tensor) -> Tensor:
     return cast(Any, gradient).to_local() if _is_sharded(gradient) else gradient
 
 
+def placed_like(parameter: nn.Parameter, share: Tensor) -> Tensor:
+    """The gradient of a parameter whose share in this process is given; see `local`."""
+    if not _is_sharded(parameter):
+        return share
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+    placed = cast(Any, parameter)
+    return DTensor.from_local(
+        share,
+        placed.device_mesh,
+        placed.placements,
+        run_check=False,
+        shape=placed.shape,
+        stride=placed.stride(),
+    )
+
+
 def _is_sharded(gradient: Tensor) -> bool:
     return hasattr(gradient, "device_mesh")  # a DTensor, which not every build of torch has
 

@@ -293,6 +293,7 @@ class LanguageModel(LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["head"] = pinned
         rows, state = self._states.get("train", (0, None))
         mine = {
+            "replica": tuple(parallel.Replica.of(self.trainer)),
             "random": moment.random_numbers(self.device),
             "state": (rows, moment.detached(state, "cpu")),
             "window": [part.cpu() for part in self._window],
@@ -315,7 +316,8 @@ class LanguageModel(LightningModule):
         # A schedule that asks for the number of steps has Lightning make the loaders before it
         # knows of the checkpoint, and forget their positions.
         self.trainer.fit_loop._load_combined_loader_states()
-        mine = moment.own(moments, self.trainer.world_size, self.trainer.global_rank)
+        ranks = self.trainer.world_size, self.trainer.global_rank
+        mine = moment.own(moments, *ranks, parallel.Replica.of(self.trainer))
         if mine["random"] is not None:
             moment.set_random_numbers(mine["random"], self.device)
         rows, state = mine["state"]

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm_softmax.gradients import local, placed_like
+from lm_softmax.parallel import Replica
+
 ROW_DIM = 1  # of the tensors of a carried state: (layers, rows, width)
 
 
@@ -49,9 +52,12 @@ def detached(state: Any, device: torch.device | str) -> Any:
 
 
 def accumulated(module: nn.Module) -> dict[str, Tensor]:
-    """The gradients of batches that no step was taken for yet, by the names of parameters."""
+    """The gradients of batches that no step was taken for yet, by the names of parameters.
+
+    Of parameters that are dealt to several processes, the share of this one.
+    """
     return {
-        name: parameter.grad.detach().cpu()
+        name: local(parameter.grad).detach().cpu()
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
@@ -61,7 +67,7 @@ def set_accumulated(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
     """Gives the parameters their gradients back."""
     for name, parameter in module.named_parameters():
         if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device)
+            parameter.grad = placed_like(parameter, gradients[name].to(parameter.device))
 
 
 def gathered(moment: dict[str, Any], world_size: int, rank: int) -> list[dict[str, Any]]:
@@ -73,21 +79,25 @@ def gathered(moment: dict[str, Any], world_size: int, rank: int) -> list[dict[st
     return moments or []
 
 
-def own(moments: Sequence[Mapping[str, Any]], world_size: int, rank: int) -> dict[str, Any]:
+def own(
+    moments: Sequence[Mapping[str, Any]], world_size: int, rank: int, replica: Replica
+) -> dict[str, Any]:
     """What a process takes of a checkpoint's moments.
 
-    Of as many processes as there were before, each goes on with its own. Among another number, a
-    process has the random numbers of the one of its rank, if there was one, and its share of the
-    rows of all states; gradients that were accumulated are left to nobody.
+    Of as many processes and replicas as there were before, each goes on with its own. Among another
+    number, a process has the random numbers of the replica of its rank, if there was one, and its
+    share of the rows of all states; gradients that were accumulated are left to nobody.
     """
-    if len(moments) == world_size:
+    if len(moments) == world_size and moments[0]["replica"][1] == replica.size:
         return dict(moments[rank])
+    # processes that share the words of a head hold the same rows
+    before = list({moment["replica"][0]: moment for moment in moments}.values())
     moment: dict[str, Any] = {"random": None, "window": [], "gradients": {}}
-    if rank < len(moments):
-        moment["random"] = moments[rank]["random"]
-    rows = sum(moment["state"][0] for moment in moments) // world_size
-    joined = _joined([moment["state"][1] for moment in moments])
-    moment["state"] = (rows, _rows(joined, rank * rows, rows))
+    if replica.rank < len(before):
+        moment["random"] = before[replica.rank]["random"]
+    rows = sum(each["state"][0] for each in before) // replica.size
+    joined = _joined([each["state"][1] for each in before])
+    moment["state"] = (rows, _rows(joined, replica.rank * rows, rows))
     return moment
 
 

@@ -46,6 +46,15 @@ def summed(tensor: Tensor, trainer: pl.Trainer) -> Tensor:
     return cast(Tensor, strategy.reduce(tensor, group=group, reduce_op="sum"))
 
 
+def gathered(own: Any, trainer: pl.Trainer | None) -> list[Any]:
+    """An object of each part of a batch, in the order of their ranks."""
+    if trainer is None or trainer.world_size == 1:
+        return [own]
+    everyone: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, (Replica.of(trainer).rank, own))
+    return list(dict(everyone).values())
+
+
 def seed(trainer: pl.Trainer) -> None:
     """Give each replica of several random numbers of its own, from the seed of the first process.
 

@@ -5,6 +5,8 @@ linked or removed. They come in the same order each time, so that their numbers 
 """
 
 import csv
+import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -14,12 +16,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import lightning.pytorch as pl
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 MODULES = ["lm_softmax.cli", "lm_softmax.module", "tensorboard.backend", "survival"]
 FILE_EVENTS = ("os.rename", "os.link", "os.remove")
+DDP = ("--trainer.strategy=ddp",)
 WRITES = os.O_WRONLY | os.O_RDWR
 CORPUS_WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "to", "mat", "it", "then", ";", "."]
 
@@ -74,6 +78,7 @@ def _child(args, folder, name, at, number, environment):
 
     from lm_softmax import cli
 
+    multiprocessing.set_start_method("fork", force=True)  # not the way that this process came by
     os.chdir(folder)
     os.environ.update(environment)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))
@@ -124,7 +129,7 @@ def call(*args, folder, **options):
     return end(begin(*args, folder=folder, **options), folder=folder)
 
 
-def call_ranks(*args, folder, world_size, kill=(), number=signal.SIGKILL):
+def call_ranks(*args, folder, world_size, kill=(), number=signal.SIGKILL, strategy=DDP):
     """Several processes of one run; `kill` holds the event for each at which the signal comes.
 
     Where one is killed, the others are, as a launcher does it.
@@ -133,7 +138,7 @@ def call_ranks(*args, folder, world_size, kill=(), number=signal.SIGKILL):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-    options = ("--trainer.strategy=ddp", f"--trainer.devices={world_size}")
+    options = (*strategy, f"--trainer.devices={world_size}")
     processes = []
     for rank in range(world_size):
         own = {"at": kill[rank] if kill else 0, "number": number, "name": f"rank{rank}"}
@@ -155,6 +160,40 @@ def write_corpus(folder):
         picks = torch.randint(len(CORPUS_WORDS), (lines, 7), generator=generator).tolist()
         text = "\n".join(" ".join(CORPUS_WORDS[i] for i in line) for line in picks)
         (folder / f"{split}.txt").write_text(f"{text}\n")
+
+
+def write_numbered_corpus(folder, num_files):
+    """A corpus whose words are all different, so that what is repeated or left out shows."""
+    folder.mkdir(parents=True)
+    words = (f"w{number}" for number in itertools.count())
+    for split, number in (("train", num_files), ("validation", 1), ("test", 1)):
+        for file in range(number):
+            lines = [" ".join(itertools.islice(words, 1 + line % 7)) for line in range(19 + file)]
+            (folder / f"{split}-{file}.txt").write_text("\n".join(lines) + "\n")
+    return [*itertools.chain(*(_words(folder / f"train-{n}.txt") for n in range(num_files)))]
+
+
+def _words(file):
+    return [w for line in file.read_text().splitlines() for w in (*line.split(), "<eos>")]
+
+
+class SeenText(pl.Callback):
+    """Writes down the words of the targets of each training batch, `seen-<rank>.jsonl`."""
+
+    def on_train_start(self, trainer, pl_module):
+        file = Path(trainer.default_root_dir, f"seen-{trainer.global_rank}.jsonl")
+        self._file = file.open("a", buffering=1)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        words = [pl_module.vocab.tokens[i] for i in batch.target.flatten().tolist() if i != -100]
+        place = trainer.current_epoch, batch_idx
+        self._file.write(json.dumps([place, words]) + "\n")
+
+
+def seen(run, rank=0):
+    """The words of each `(epoch, batch)`; of a batch that came again after a kill, those."""
+    lines = map(json.loads, (run / f"seen-{rank}.jsonl").read_text().splitlines())
+    return {tuple(place): words for place, words in lines}
 
 
 def write_config(folder, name, **changes):

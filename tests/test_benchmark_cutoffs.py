@@ -11,7 +11,7 @@ from lm_softmax.benchmark.command import main
 from lm_softmax.heads import AdaptiveSoftmax
 from lm_softmax.heads.cost_model import COST_MODELS
 from lm_softmax.heads.cutoffs import zipf_counts
-from lm_softmax.vocab import Vocab, load_tokenizer
+from lm_softmax.vocab import Counts, SymbolCounter, Vocab, load_tokenizer
 
 SHAPES = [(512, 64, 4000), (2000, 256, 100), (64, 16, 8000), (16, 8000, 32), (300, 300, 300)]
 
@@ -140,8 +140,9 @@ def test_command_writes_an_overlay_that_builds_the_head(tiny, tmp_path, capsys):
 
 
 def test_counts_come_from_a_vocabulary(tmp_path):
-    names, symbols = pa.array(["a", "b", "c"]), np.array([3, 9, 4])
-    vocab = Vocab.build(load_tokenizer("whitespace"), names, symbols)
+    counter = SymbolCounter()
+    counter.update(Counts(pa.array(["a", "b", "c"], pa.large_string()), np.array([3, 9, 4])))
+    vocab = Vocab.build(load_tokenizer("whitespace"), counter)
     vocab.save(tmp_path / "vocab.pt")
     assert cutoffs.read_counts(str(tmp_path / "vocab.pt")).tolist() == [9, 4, 3, 0, 0]
 

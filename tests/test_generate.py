@@ -37,7 +37,7 @@ MODELS = {
 def vocabulary(tokenizer, **options):
     counter = SymbolCounter()
     counter.update(tokenizer.symbols(pa.array([TEXT], pa.large_string())))
-    return Vocab.build(tokenizer, *counter.result(), **options)
+    return Vocab.build(tokenizer, counter, **options)
 
 
 def byte_level(text=TEXT):

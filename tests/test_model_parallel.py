@@ -1,5 +1,6 @@
-"""Sharded training: two processes take the steps of one, and end in one file that anyone reads."""
+"""Sharded training: several processes take the steps of one, and end in one file for anyone."""
 
+import io
 import os
 import socket
 import warnings
@@ -15,7 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from lm_softmax import parallel
+from lm_softmax import moment, parallel
 from lm_softmax.encoders import AdaptiveEmbedding, LSTMEncoder, TransformerEncoder, WordEmbedding
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, LowRankSoftmax, SampledSoftmax
 from lm_softmax.kernels import warm_up
@@ -24,7 +25,7 @@ from lm_softmax.module import LanguageModel
 CLUSTERS = {"cutoffs": CUTOFFS, "tail_sizes": [5, 3]}
 HEADS = {"full": FullSoftmax, "adaptive": partial(AdaptiveSoftmax, **CLUSTERS)}
 EMBEDDINGS = {"full": WordEmbedding, "adaptive": partial(AdaptiveEmbedding, **CLUSTERS)}
-FSDP2, WORDS = (2, 1), (1, 2)  # data and tensor parallel sizes
+FSDP2, WORDS, BOTH = (2, 1), (1, 2), (2, 2)  # data and tensor parallel sizes
 
 
 class Case(NamedTuple):
@@ -43,7 +44,14 @@ CASES = [
     Case(WORDS, "full", accumulate=3, clip=0.05),
     Case(WORDS, "adaptive", tie_weights=True, clip=0.05, epochs=2),
     Case(WORDS, "full", tie_weights=True, encoder="transformer"),
+    Case(BOTH, "full", accumulate=3, clip=0.05, epochs=2),
+    Case(BOTH, "adaptive", encoder="transformer"),
 ]
+
+
+def optimizer(case):
+    """Of gradients that are not clipped, the scale shows in the weights."""
+    return partial(torch.optim.AdamW, lr=0.05) if case.clip else partial(torch.optim.SGD, lr=0.5)
 
 
 def model(case):
@@ -58,7 +66,7 @@ def model(case):
         HEADS[case.head],
         torch.arange(V, 0, -1),
         tie_weights=case.tie_weights,
-        optimizer=partial(torch.optim.AdamW, lr=0.05, fused=True),
+        optimizer=partial(optimizer(case), fused=case.clip is not None),
     ).double()
 
 
@@ -91,10 +99,12 @@ def sharded(sizes, **options):
 
 def train(number, case, rank, folder):
     """One fit an epoch; what it logged, and one file a fit."""
-    rows = batches(rank) if case.sizes == FSDP2 else joined()
+    data, tensor = case.sizes
+    rows = joined() if data == 1 else batches(rank // tensor)
     loader, path, logger = DataLoader(rows, batch_size=None), None, Rows()
     for epoch in range(case.epochs):
         fits = trainer(
+            devices=data * tensor,
             strategy=sharded(case.sizes),
             accumulate_grad_batches=case.accumulate,
             gradient_clip_val=case.clip,
@@ -113,17 +123,18 @@ class Draws(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         with torch.random.fork_rng():
-            self.found = pl_module.head.noise.draw().tolist()
+            noise = getattr(pl_module.head, "noise", None)
+            self.found = (torch.rand(8) if noise is None else noise.draw()).tolist()
 
 
-def draw(strategy, head):
+def draw(strategy, head, devices=2):
     pl.seed_everything(5, verbose=False)
     made = LanguageModel(
         partial(LSTMEncoder, embedding_size=8, hidden_size=8), head, torch.arange(V, 0, -1)
     )
     draws = Draws()
     loader = DataLoader(batches(0)[:1], batch_size=None)
-    trainer(strategy=strategy, callbacks=[draws]).fit(made, loader, loader)
+    trainer(strategy=strategy, callbacks=[draws], devices=devices).fit(made, loader, loader)
     return draws.found
 
 
@@ -145,8 +156,27 @@ def refusals(rank):
     ]
 
 
-def work(rank, port, folder):
-    """What each of the two processes does."""
+def kept_gradients():
+    """Accumulated gradients of sharded parameters before and after a checkpoint had them."""
+    found = []
+    for sizes in (FSDP2, WORDS):
+        made, loader = model(CASES[0]._replace(sizes=sizes)), DataLoader(joined(), batch_size=None)
+        trainer(strategy=sharded(sizes), max_steps=1).fit(made, loader, loader)
+        for parameter in made.parameters():
+            parameter.grad = parameter.detach() * 3
+        buffer = io.BytesIO()
+        torch.save(moment.accumulated(made), buffer)
+        buffer.seek(0)
+        made.zero_grad()
+        moment.set_accumulated(made, torch.load(buffer, weights_only=True))
+        for name, parameter in made.named_parameters():
+            same = torch.equal(parameter.grad.full_tensor(), (parameter * 3).full_tensor())
+            found.append((name, same and parameter.grad.placements == parameter.placements))
+    return found
+
+
+def work(rank, world_size, port, folder):
+    """What each of two or four processes does."""
     warm_up()
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*does not have many workers")
@@ -161,26 +191,33 @@ def work(rank, port, folder):
         "LOCAL_RANK": str(rank),
     }
     for number, case in enumerate(CASES):
-        train(number, case, rank, folder)
+        if case.sizes[0] * case.sizes[1] == world_size:
+            train(number, case, rank, folder)
+    if world_size == 4:
+        torch.save({"draws": [draw(sharded(BOTH), FullSoftmax, 4)]}, f"{folder}/{rank}-of-4.pt")
+        return
     negatives = partial(SampledSoftmax, num_samples=8)
     draws = [draw("ddp", negatives) for _ in range(2)] + [draw(sharded(FSDP2), negatives)]
-    torch.save({"draws": draws, "refusals": refusals(rank)}, f"{folder}/{rank}.pt")
+    draws.append(draw(sharded(WORDS), FullSoftmax))
+    said = {"draws": draws, "refusals": refusals(rank), "kept": kept_gradients()}
+    torch.save(said, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, folder), nprocs=2)
+    for world_size in (2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(work, (world_size, port, folder), nprocs=world_size)
     return folder
 
 
 def reference(case):
     """A plain loop over the joined batches; its weights, the loss of each step, val/ppl."""
     expected, losses = model(case), []
-    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.05)
+    steps = optimizer(case)(expected.parameters())
     for _ in range(case.epochs):
         state = None
         for begin in range(0, len(joined()), case.accumulate):
@@ -188,12 +225,12 @@ def reference(case):
             for tokens, target, _ in joined()[begin : begin + case.accumulate]:
                 more, num, state = nats_of(expected, tokens, target, state)
                 nats, targets = nats + more, targets + num
-            optimizer.zero_grad()
+            steps.zero_grad()
             (nats / max(targets, 1)).backward()
             losses.append(nats.item() / max(targets, 1))
             if case.clip is not None:
                 nn.utils.clip_grad_norm_(expected.parameters(), case.clip)
-            optimizer.step()
+            steps.step()
     state, sums = None, torch.zeros(2, dtype=torch.float64)
     for tokens, target, _ in joined():
         nats, num, state = nats_of(expected, tokens, target, state)
@@ -242,6 +279,21 @@ def test_negatives_differ_between_ranks_and_not_between_runs(folder):
     assert second[0] == second[1]
     assert first[0] != second[0]
     assert first[2] != second[2]
+
+
+def test_processes_that_share_words_draw_the_same(folder):
+    """Dropout, and negatives if a head had them: their hidden vectors are to be one."""
+    first, second = (torch.load(folder / f"{rank}.pt")["draws"] for rank in range(2))
+    assert first[3] == second[3]
+    four = [torch.load(folder / f"{rank}-of-4.pt")["draws"][0] for rank in range(4)]
+    assert four[0] == four[1] != four[2] == four[3]
+
+
+def test_accumulated_gradients_go_into_checkpoints(folder):
+    for rank in range(2):
+        kept = torch.load(folder / f"{rank}.pt")["kept"]
+        assert {"head.weight", "encoder.lstm.weight_hh_l0"} <= {name for name, _ in kept}
+        assert [name for name, same in kept if not same] == []
 
 
 def test_what_cannot_be_sharded_is_said(folder):

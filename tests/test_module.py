@@ -1,6 +1,7 @@
 """LanguageModel against plain loops: gradients, perplexity, carried state, checkpoints."""
 
 import copy
+import itertools
 import math
 import random
 import re
@@ -30,6 +31,7 @@ from lm_softmax.heads import (
 )
 from lm_softmax.heads.cost_model import COST_MODELS
 from lm_softmax.module import LanguageModel
+from lm_softmax.parallel import Replica
 from lm_softmax.schedule import WarmupDecay
 from lm_softmax.vocab import Vocab, load_tokenizer
 
@@ -600,29 +602,39 @@ def test_an_interrupted_evaluation_leaves_nothing_behind():
         assert again == whole
 
 
-def test_another_number_of_processes_deals_the_rows_anew():
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_another_number_of_processes_deals_the_rows_anew(sharing):
     """Each keeps the random numbers of its rank; no row of the state is lost or repeated."""
     device = torch.device("cpu")
     whole = torch.randn(2, 12, 3)
     moments = [
         {
+            "replica": (rank, 3),
             "random": moment.random_numbers(device) | {"rank": rank},
             "state": (4, (part, (part + 1,))),
             "window": [torch.ones(3)],
-            "gradients": {"a": torch.ones(1)},
+            "gradients": {"a": torch.full((1,), process)},
         }
         for rank, part in enumerate(whole.split(4, moment.ROW_DIM))
+        for process in range(sharing)  # those that share the words of a head
     ]
-    for world_size in (1, 2, 3, 4):
-        shares = [moment.own(moments, world_size, rank) for rank in range(world_size)]
-        assert [share["state"][0] for share in shares] == [12 // world_size] * world_size
-        for part, expected in ((0, whole), (1, whole + 1)):
-            found = [share["state"][1][part] for share in shares]
-            found = [each[0] if part else each for each in found]
-            assert torch.equal(torch.cat(found, moment.ROW_DIM), expected)
-        for rank, share in enumerate(shares):
-            assert (share["random"] or {}).get("rank") == (rank if rank < 3 else None)
-            assert bool(share["gradients"]) is bool(share["window"]) is (world_size == 3)
+    for size, sharing_now in itertools.product((1, 2, 3, 4, 6), (1, 2)):
+        num_processes, same = size * sharing_now, (size, sharing_now) == (3, sharing)
+        for process in range(sharing_now):
+            shares = [
+                moment.own(moments, num_processes, number, Replica(number // sharing_now, size))
+                for number in range(process, num_processes, sharing_now)
+            ]
+            assert [share["state"][0] for share in shares] == [12 // size] * size
+            for part, expected in ((0, whole), (1, whole + 1)):
+                found = [share["state"][1][part] for share in shares]
+                found = [each[0] if part else each for each in found]
+                assert torch.equal(torch.cat(found, moment.ROW_DIM), expected)
+            for rank, share in enumerate(shares):
+                assert (share["random"] or {}).get("rank") == (rank if rank < 3 else None)
+                assert bool(share["window"]) is same
+                gradients = {"a": torch.full((1,), process)} if same else {}
+                assert share["gradients"] == gradients
 
 
 def test_all_generators_go_on():

@@ -29,7 +29,7 @@ symbols = st.lists(some_symbols, max_size=40)
 def vocab_of(*rows, tokenizer=WHITESPACE, **limits):
     counter = SymbolCounter()
     counter.update(tokenizer.symbols(pa.array(rows, pa.large_string())))
-    return Vocab.build(tokenizer, *counter.result(), **limits)
+    return Vocab.build(tokenizer, counter, **limits)
 
 
 def reference(symbols, max_vocab_size, min_count):
@@ -52,9 +52,7 @@ def reference(symbols, max_vocab_size, min_count):
 def test_ranks_and_folding(symbols, max_vocab_size, min_count):
     counter = SymbolCounter()
     counter.update(pa.array(symbols, pa.large_string()))
-    vocab = Vocab.build(
-        WHITESPACE, *counter.result(), max_vocab_size=max_vocab_size, min_count=min_count
-    )
+    vocab = Vocab.build(WHITESPACE, counter, max_vocab_size=max_vocab_size, min_count=min_count)
     expected = reference(symbols, max_vocab_size, min_count)
     assert list(zip(vocab.tokens, vocab.counts.tolist(), strict=True)) == expected
     assert vocab.tokens[vocab.unk_id] == "<unk>"
@@ -69,7 +67,7 @@ def test_the_order_of_the_text_does_not_matter(symbols, random):
     def fingerprint():
         counter = SymbolCounter()
         counter.update(pa.array(symbols, pa.large_string()))
-        return Vocab.build(WHITESPACE, *counter.result(), max_vocab_size=5).fingerprint
+        return Vocab.build(WHITESPACE, counter, max_vocab_size=5).fingerprint
 
     first = fingerprint()
     random.shuffle(symbols)
@@ -108,10 +106,7 @@ def test_counts_that_go_to_disk_make_the_same_vocabulary(spill_at, batches, most
                 for batch in batches:
                     counter.update(pa.array(batch, pa.large_string()))
             limits = {"max_vocab_size": most, "min_count": min_count}
-            one, other = (
-                Vocab.build(WHITESPACE, *counter.result(most, min_count), **limits)
-                for counter in counters
-            )
+            one, other = (Vocab.build(WHITESPACE, counter, **limits) for counter in counters)
     finally:
         counting._MERGE_AT = before
     assert one == other
@@ -135,9 +130,7 @@ def test_ids_that_go_to_disk_are_all_kept(tmp_path):
     counters = [SymbolCounter(), SymbolCounter(tmp_path, 2)]
     for counter in counters:
         counter.update(tokenizer.symbols(pa.array(["a b b c d e f", "g h"], pa.large_string())))
-    one, other = (
-        Vocab.build(tokenizer, *counter.result(4, 1), max_vocab_size=4) for counter in counters
-    )
+    one, other = (Vocab.build(tokenizer, counter, max_vocab_size=4) for counter in counters)
     assert [*tmp_path.iterdir()]
     assert one == other
 

@@ -295,7 +295,8 @@ class TrainCLI(LightningCLI):
         self._evaluate(self.trainer.predict, **options | {"return_predictions": False})
         what = "log-probabilities of each token"
         what += " and a continuation of each row" if num_tokens else ""
-        _say(f"{what}: {writer.path}")
+        if writer.path is not None:
+            _say(f"{what}: {writer.path}")
 
     def _evaluate(self, run: Callable[..., Any], **options: Any) -> None:
         assert self.checkpoint is not None

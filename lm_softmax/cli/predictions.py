@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lm_softmax.decoding import generate
+from lm_softmax.parallel import Replica
 
 NUM_TOKENS = 16
 
@@ -23,21 +24,34 @@ class PredictionWriter(pl.Callback):
     out. The file is there whole or not at all.
 
     Args:
-        path: The file; with several processes each writes its own, `<name>-<rank>.jsonl`.
+        path: The file; of several replicas each writes its own, `<name>-<rank>.jsonl`.
         num_tokens: Tokens of a continuation; with 0 there is none.
 
+    Attributes:
+        path: The file that this process writes; None where another one of its replica does.
+
     Raises:
-        ValueError: If the file exists, or continuations are asked for where other processes may
+        ValueError: If a file exists, or continuations are asked for where other processes may
             hold parts of the model.
     """
 
+    path: Path | None
+
     def __init__(self, path: Path, num_tokens: int = NUM_TOKENS) -> None:
-        if path.exists():
-            raise ValueError(f"{path} exists: remove it, or give another folder with --run")
-        self.path, self.num_tokens = path, num_tokens
+        self._named = self.path = path
+        self.num_tokens = num_tokens
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses continuations of a model that is not here as a whole."""
+        """Refuses files that exist, and continuations of a model that is not here as a whole."""
+        replica = Replica.of(trainer)
+        paths = [self._named]
+        if replica.size > 1:
+            stem = self._named.stem
+            paths = [self._named.with_stem(f"{stem}-{rank}") for rank in range(replica.size)]
+        for path in trainer.strategy.broadcast([path for path in paths if path.exists()])[:1]:
+            raise ValueError(f"{path} exists: remove it, or give another folder with --run")
+        processes = trainer.world_size // replica.size  # of a replica, side by side
+        self.path = None if trainer.global_rank % processes else paths[replica.rank]
         whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if self.num_tokens and not whole:
             raise ValueError(
@@ -47,8 +61,8 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the file under another name."""
-        if trainer.world_size > 1:
-            self.path = self.path.with_stem(f"{self.path.stem}-{trainer.global_rank}")
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self.path.with_suffix(".partial")
         self._file = self._partial.open("w", encoding="utf-8")
@@ -63,6 +77,8 @@ class PredictionWriter(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Writes the rows of a batch."""
+        if self.path is None:
+            return
         words = pl_module.vocab.tokens
         kept = batch.target != pl_module.head.ignore_index
         rows = [
@@ -98,6 +114,8 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives the file its name."""
+        if self.path is None:
+            return
         self._file.close()
         self._partial.replace(self.path)
 

@@ -117,13 +117,14 @@ class Corpus:
                     break
             Vocab.build(
                 tokenizer,
-                *counter.result(self.max_vocab_size, self.min_count),
+                counter,
                 max_vocab_size=self.max_vocab_size,
                 min_count=self.min_count,
             ).save(target / "vocab.pt")
             shutil.rmtree(spilled)
 
         _build_once(folder, build, lambda made: Vocab.load(made / "vocab.pt"))
+        pa.default_memory_pool().release_unused()  # what building it took, which Arrow keeps
         return Vocab.load(folder / "vocab.pt")
 
     def tokens(self, split: str) -> TokenFile:
@@ -164,6 +165,7 @@ def _encode(rows: Rows, vocab: Vocab, file: Path, label: str, num_proc: int | No
     """Write the ids of all rows, and count them on the way."""
     seen = np.zeros(len(vocab), np.int64)
     num_bytes = 0
+    vocab.encode("")  # its table is there before threads ask for it
     with TokenWriter(file, len(vocab)) as writer:
 
         def encode(batch: pa.Array) -> tuple[NDArray[Any], int]:
@@ -177,12 +179,15 @@ def _encode(rows: Rows, vocab: Vocab, file: Path, label: str, num_proc: int | No
             open_ended = pc.invert(pc.ends_with(batch, "\n"))
             num_bytes += pc.sum(pc.binary_length(batch)).as_py() + pc.sum(open_ended).as_py()
         counts = vocab.counts.numpy()
-        nats = np.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
+        nats = counts + 1.0  # in place from here on: a vocabulary may have millions
+        np.log(nats, out=nats)
+        np.subtract(np.log(counts.sum() + len(counts)), nats, out=nats)
+        nats *= seen
         stats = SplitStats(
             num_tokens=int(seen.sum()),
             num_unk=0 if vocab.unk_id is None else int(seen[vocab.unk_id]),
             num_bytes=num_bytes,
-            unigram_nats=float(seen @ nats),
+            unigram_nats=float(nats.sum()),
         )
         writer.about = {"vocab": vocab.fingerprint, "stats": stats._asdict()}
 

@@ -1,6 +1,7 @@
 """`TextDataModule`: a corpus as batches for Lightning."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,9 @@ from lm_softmax.data.batching import (
     TokenBatch,
     TokenBatches,
 )
-from lm_softmax.data.streaming import StreamLoader, StreamParts, gather_objects
+from lm_softmax.data.streaming import StreamLoader, StreamParts
 from lm_softmax.kernels import warm_up
-from lm_softmax.parallel import Replica
+from lm_softmax.parallel import Replica, gathered
 from lm_softmax.vocab import Vocab
 
 
@@ -194,7 +195,8 @@ class TextDataModule(LightningDataModule):
             )
         stream = self._corpus.source.stream("train").at_least(everyone)
         parts = StreamParts(stream, self.vocab, **shape, num_workers=workers)
-        return StreamLoader(parts, self._largest, gather_objects, **self._loader_options())
+        gather = partial(gathered, trainer=self.trainer)
+        return StreamLoader(parts, self._largest, gather, **self._loader_options())
 
     def _largest(self, number: int) -> int:
         """The largest of a number over all processes."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lm_softmax.corpus import Stream
@@ -314,12 +314,3 @@ class StreamLoader(DataLoader[Part]):
         # the batch that the workers' states came with, and those states
         first = (resumed["at"], resumed["workers"]) if resumed else (0, [None] * parts.num_workers)
         self._saved: deque[tuple[int, list[Any]]] = deque([first], maxlen=3)
-
-
-def gather_objects(own: Any) -> list[Any]:
-    """An object of each process of the default group, if there is one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
-    everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, own)
-    return everyone

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lm_softmax.allocator import give_back_pages
 from lm_softmax.vocab.symbols import hash_symbols
 from lm_softmax.vocab.tokenizer import LINE_END
 
@@ -96,7 +97,10 @@ class SymbolCounter:
             left_out += part.total - int(part.counts[chosen].sum())
             kept.append(Counts(part.symbols.take(pa.array(chosen)), part.counts[chosen]))
         symbols = pa.concat_arrays([part.symbols for part in kept])
-        return symbols, np.concatenate([part.counts for part in kept]), left_out
+        counts = np.concatenate([part.counts for part in kept])
+        del kept, part
+        give_back()
+        return symbols, counts, left_out
 
     def _merge(self) -> None:
         if len(self._seen) > 1:
@@ -121,6 +125,8 @@ class SymbolCounter:
                 file.write_batch(pa.record_batch(columns, schema=schema))
         self._seen = []
         self._num_files += 1
+        del whole, columns, own
+        give_back()
 
     def _parts(self) -> Iterator[Counts]:
         """The counts of each range of hashes."""
@@ -138,11 +144,18 @@ class SymbolCounter:
         return self._folder / f"counts-{number}.arrow"
 
 
-def ranks(names: pa.Array, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def give_back() -> None:
+    """Return the memory of what was freed to the system, which Arrow and glibc put off."""
+    pa.default_memory_pool().release_unused()
+    give_back_pages()
+
+
+def ranks(names: pa.Array, counts: NDArray[np.int64]) -> NDArray[np.signedinteger[Any]]:
     """Places by descending count, then by code points (which is the order of UTF-8 bytes)."""
     table = pa.table({"count": counts, "name": names})
     keys = [("count", "descending"), ("name", "ascending")]
-    return np.asarray(pc.sort_indices(table, sort_keys=keys).to_numpy(), np.int64)
+    order = pc.sort_indices(table, sort_keys=keys).to_numpy()
+    return np.asarray(order, np.int32 if len(order) < 2**31 else np.int64)
 
 
 def _candidates(part: Counts, max_symbols: int | None, min_count: int) -> NDArray[np.int64]:

@@ -71,10 +71,10 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def complete(
         self, symbols: pa.Array, counts: NDArray[np.int64]
-    ) -> tuple[pa.Array, pa.Array, NDArray[np.int64]]:
+    ) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True) | {self.eos: self._eos_id}
-        everything = pa.array(list(vocabulary.values()), pa.int64())
-        places = pc.index_in(symbols, value_set=everything).to_numpy(zero_copy_only=False)
+        everything = np.array(list(vocabulary.values()), np.int64)
+        places = pc.index_in(symbols, value_set=pa.array(everything)).to_numpy(zero_copy_only=False)
         complete = np.zeros(len(everything), np.int64)
         complete[places] = counts
         return pa.array(list(vocabulary), pa.large_string()), everything, complete

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-_CHUNK = 2**18  # symbols that are hashed at a time: some ten bytes of work for each of theirs
+_CHUNK = 2**16  # symbols that are hashed at a time: some ten bytes of work for each of theirs
 _NEAR = 2**16  # bytes of a symbol with multipliers of their own
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -25,11 +25,11 @@ def hash_symbols(symbols: pa.Array, seed: int = 0) -> NDArray[np.uint64]:
     """
     if not pa.types.is_large_string(symbols.type):
         return _mix(symbols.to_numpy().astype(np.int64).view(np.uint64))
-    parts = [
-        _hash_strings(symbols[begin : begin + _CHUNK], seed)
-        for begin in range(0, len(symbols), _CHUNK)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+    hashes = np.empty(len(symbols), np.uint64)
+    for begin in range(0, len(symbols), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        hashes[part] = _hash_strings(symbols[part], seed)
+    return hashes
 
 
 def _hash_strings(symbols: pa.Array, seed: int) -> NDArray[np.uint64]:
@@ -82,11 +82,11 @@ class SymbolIndex:
         while True:  # once, but for a chance of some 2**-64 for each pair of symbols
             self._seed += 1
             hashes = hash_symbols(symbols, self._seed)
-            order = np.argsort(hashes)
+            order = np.argsort(hashes).astype(np.min_scalar_type(len(symbols)))
             hashes = hashes[order]
             if not (hashes[1:] == hashes[:-1]).any():
                 break
-        self._hashes, self._order = hashes, order.astype(np.min_scalar_type(len(symbols)))
+        self._hashes, self._order = hashes, order
 
     def find(self, wanted: pa.Array) -> NDArray[np.int64]:
         """The place of each of `wanted`, -1 where it is not there."""

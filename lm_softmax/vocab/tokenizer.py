@@ -39,7 +39,7 @@ class Tokenizer(ABC):
     @abstractmethod
     def complete(
         self, symbols: pa.Array, counts: NDArray[np.int64]
-    ) -> tuple[pa.Array, pa.Array, NDArray[np.int64]]:
+    ) -> tuple[pa.Array, NDArray[np.int64] | None, NDArray[np.int64]]:
         """Add what a vocabulary has whether it was seen or not, with a count of 0.
 
         Args:
@@ -47,7 +47,8 @@ class Tokenizer(ABC):
             counts: How often each was seen.
 
         Returns:
-            Names, symbols and counts of the whole vocabulary, in any order.
+            Names, ids (None where symbols are strings) and counts of the whole vocabulary, in any
+            order.
         """
 
     @abstractmethod

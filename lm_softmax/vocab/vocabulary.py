@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_softmax.vocab.archive import load_archive
-from lm_softmax.vocab.counting import ranks
+from lm_softmax.vocab.counting import SymbolCounter, give_back, ranks
 from lm_softmax.vocab.hub import one_line
 from lm_softmax.vocab.symbols import SymbolIndex
 from lm_softmax.vocab.tokenization import from_state_dict
@@ -57,9 +57,7 @@ class Vocab:
     def build(
         cls,
         tokenizer: Tokenizer,
-        symbols: pa.Array,
-        counts: NDArray[np.int64],
-        num_folded: int = 0,
+        counter: SymbolCounter,
         *,
         max_vocab_size: int | None = None,
         min_count: int = 1,
@@ -72,9 +70,7 @@ class Vocab:
 
         Args:
             tokenizer: What cut the text.
-            symbols: Distinct symbols of the training text.
-            counts: How often each occurs there.
-            num_folded: Occurrences of what `symbols` leaves out because these limits fold it.
+            counter: Has counted the symbols of the training text; it is empty then.
             max_vocab_size: Most tokens to keep, `<unk>` and `<eos>` among them.
             min_count: Tokens that occur less often are folded, save `<unk>` and `<eos>`.
 
@@ -82,36 +78,42 @@ class Vocab:
             ValueError: If `max_vocab_size` or `min_count` is too small.
         """
         check_folding(max_vocab_size, min_count)
-        names, symbols, counts = tokenizer.complete(symbols, counts)
+        # one copy of each at a time, where it can be: there may be millions
+        *counted, num_folded = counter.result(max_vocab_size, min_count)
+        names, original_ids, counts = tokenizer.complete(*counted)
+        del counted
         special = _is_any(names, [tokenizer.eos, tokenizer.unk])
         rare = ~special & (counts < min_count) if min_count > 1 else np.zeros(len(names), bool)
         unk = tokenizer.unk
-        strings = pa.types.is_large_string(symbols.type)
         too_many = len(names) > (max_vocab_size or len(names))
         if unk is None and (too_many or rare.any() or num_folded):
             unk = "<unk>"
             names = pa.concat_arrays([names, pa.array([unk], names.type)])
-            symbols = pa.concat_arrays([symbols, pa.array([_MISSING_UNK], symbols.type)])
+            assert original_ids is not None  # of words there is one
+            original_ids = np.append(original_ids, _MISSING_UNK)
             counts, rare = np.append(counts, 0), np.append(rare, False)
             special = np.append(special, True)
 
         order = ranks(names, counts)
         ordinary = (~special & ~rare)[order]
-        room = len(names) if max_vocab_size is None else max_vocab_size - int(special.sum())
-        kept = order[special[order] | (ordinary & (np.cumsum(ordinary) <= room))]
+        if max_vocab_size is not None:
+            ordinary &= np.cumsum(ordinary) <= max_vocab_size - int(special.sum())
+        kept = order[special[order] | ordinary]
         total, counts = counts.sum() + num_folded, counts[kept]
+        del order
         names = names.take(pa.array(kept))
-        if unk is not None:
-            counts[pc.index(names, unk).as_py()] += total - counts.sum()
+        if unk is not None and (folded := total - counts.sum()):
+            counts[pc.index(names, unk).as_py()] += folded
             order = ranks(names, counts)
             names, kept, counts = names.take(pa.array(order)), kept[order], counts[order]
+        give_back()
         return cls(
             names=names,
             counts=torch.from_numpy(counts),
             unk_id=None if unk is None else pc.index(names, unk).as_py(),
             eos_id=pc.index(names, tokenizer.eos).as_py(),
             tokenizer=tokenizer,
-            original_ids=None if strings else torch.from_numpy(symbols.to_numpy()[kept]),
+            original_ids=None if original_ids is None else torch.from_numpy(original_ids[kept]),
         )
 
     def __len__(self) -> int:
@@ -132,15 +134,10 @@ class Vocab:
         return list(self.names.to_pylist())
 
     @cached_property
-    def _symbols(self) -> pa.Array:
-        if self.original_ids is not None:
-            return pa.array(self.original_ids.numpy())
-        end = pa.array([LINE_END], pa.large_string())
-        return pa.concat_arrays([self.names[: self.eos_id], end, self.names[self.eos_id + 1 :]])
-
-    @cached_property
     def _index(self) -> SymbolIndex:
-        return SymbolIndex(self._symbols)
+        if self.original_ids is not None:
+            return SymbolIndex(pa.array(self.original_ids.numpy()))
+        return SymbolIndex(self.names)
 
     def encode_rows(self, rows: pa.Array) -> NDArray[np.int64]:
         """Ids of rows of text, one after the other, each ended by `<eos>`.
@@ -168,6 +165,8 @@ class Vocab:
     def _ids(self, symbols: pa.Array) -> NDArray[np.int64]:
         encoded = symbols.dictionary_encode()
         ids = self._index.find(encoded.dictionary)
+        if self.original_ids is None:  # no word is cut that reads `<eos>`
+            ids[pc.equal(encoded.dictionary, LINE_END).to_numpy(zero_copy_only=False)] = self.eos_id
         if self.unk_id is not None:
             ids[ids < 0] = self.unk_id
         return ids[encoded.indices.to_numpy()]
@@ -177,7 +176,13 @@ class Vocab:
 
         `<eos>` is a line end.
         """
-        return self.tokenizer.decode([self._symbols[int(i)].as_py() for i in ids])
+        return self.tokenizer.decode([self._symbol(int(i)) for i in ids])
+
+    def _symbol(self, token: int) -> str | int:
+        """What the tokenizer takes an id for."""
+        if self.original_ids is not None:
+            return int(self.original_ids[token])
+        return LINE_END if token == self.eos_id else str(self.names[token])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -55,12 +55,15 @@ class WordTokenizer(Tokenizer):
     @override
     def complete(
         self, symbols: pa.Array, counts: NDArray[np.int64]
-    ) -> tuple[pa.Array, pa.Array, NDArray[np.int64]]:
-        specials = pa.array([LINE_END, self.unk], pa.large_string())
-        unseen = specials.filter(pc.invert(pc.is_in(specials, value_set=symbols)))
-        symbols = pa.concat_arrays([symbols.cast(pa.large_string()), unseen])
-        counts = np.concatenate([counts, np.zeros(len(unseen), np.int64)])
-        return pc.if_else(pc.equal(symbols, LINE_END), self.eos, symbols), symbols, counts
+    ) -> tuple[pa.Array, None, NDArray[np.int64]]:
+        # one copy, and no table of all symbols: there may be millions
+        symbols = symbols.cast(pa.large_string())
+        eos, unk = (pa.array([name], pa.large_string()) for name in (self.eos, self.unk))
+        end = pc.index(symbols, LINE_END).as_py() % (len(symbols) + 1)  # -1: after all
+        has_unk = pc.index(symbols, self.unk).as_py() >= 0
+        parts = [symbols[:end], eos, symbols[end + 1 :], unk[has_unk:]]
+        names = pa.concat_arrays(parts)
+        return names, None, np.append(counts, np.zeros(len(names) - len(counts), np.int64))
 
     @override
     def decode(self, symbols: Sequence[Any]) -> str:

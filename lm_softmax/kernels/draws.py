@@ -37,7 +37,7 @@ class Draws(NamedTuple):
     def rows(self, like: Tensor) -> Tensor:
         """The row of each draw from `(N, ...)`, `(N * num_samples,)`."""
         each = torch.arange(like.shape[0], device=like.device)
-        return each.repeat_interleave(self.num_samples)
+        return each if self.num_samples == 1 else each.repeat_interleave(self.num_samples)
 
     def view(self, drawn: Tensor) -> Tensor:
         """`(N, num_samples)`."""
@@ -63,18 +63,23 @@ def matrix_words(inputs: Tensor, matrix: Matrix, softcap: float | None) -> Words
     """The softmax of `inputs`, which are in the dtype of the products, over a matrix's rows."""
 
     def logits(part: slice) -> Tensor:
-        blocks, start = [], 0
-        for block in matrix.blocks:
-            begin = min(max(part.start - start, 0), block.shape[0])
-            end = min(max(part.stop - start, 0), block.shape[0])
-            blocks.append(block[begin:end].to(inputs.dtype))
-            start += block.shape[0]
-        bias = None if matrix.bias is None else matrix.bias[part]
         shape, dtype = (inputs.shape[0], part.stop - part.start), accumulation_dtype(inputs.dtype)
-        out = workspace("logits", shape, inputs, dtype)
-        return chunk_logits(inputs, Matrix(blocks, bias), softcap, out)
+        some = matrix if shape[1] == matrix.num_rows else _cut(matrix, part)
+        some = some._replace(blocks=[block.to(inputs.dtype) for block in some.blocks])
+        return chunk_logits(inputs, some, softcap, workspace("logits", shape, inputs, dtype))
 
     return Words(inputs.shape[0], matrix.num_rows, logits)
+
+
+def _cut(matrix: Matrix, part: slice) -> Matrix:
+    """Some rows of a matrix."""
+    blocks, start = [], 0
+    for block in matrix.blocks:
+        begin = min(max(part.start - start, 0), block.shape[0])
+        end = min(max(part.stop - start, 0), block.shape[0])
+        blocks.append(block[begin:end])
+        start += block.shape[0]
+    return Matrix(blocks, None if matrix.bias is None else matrix.bias[part])
 
 
 def draw_words(
@@ -149,11 +154,12 @@ def draw(weights: Tensor, row: Tensor, generator: torch.Generator | None) -> Ten
         ValueError: If a row of weights has nan.
     """
     if row.shape[0] * weights.shape[1] <= FEW_WEIGHTS:
-        of_draws = weights[row].to(sum_dtype(weights))
-        total = of_draws.sum(1, keepdim=True)
+        of_draws = weights if row.shape[0] == 1 == weights.shape[0] else weights[row]
+        running = of_draws.cumsum(1, dtype=sum_dtype(weights))
+        total = running[:, -1:]
         check_total(total)
-        found, _ = _first_above(of_draws, uniform(row, generator).unsqueeze(1) * total)
-        return found.squeeze(1)
+        position = uniform(total, generator).mul_(total)  # below the total, rounded or not
+        return torch.searchsorted(running, position, right=True).squeeze(1)
     sums = part_sums(weights)
     total = sums.sum(1)
     check_total(total)
@@ -190,7 +196,9 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def softmax_weights(log_weights: Tensor, temperature: float = 1.0) -> Tensor:
-    """`exp((log_weights - best) / temperature)` of each row, `best` being its largest."""
+    """Weights in proportion to `exp(log_weights / temperature)` of each row, at most 1."""
+    if temperature == 1:
+        return torch.softmax(log_weights, 1)
     peak = log_weights.amax(1, keepdim=True).clamp(min=torch.finfo(log_weights.dtype).min)
     return _tempered(log_weights - peak, temperature)
 
@@ -217,7 +225,7 @@ def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_total(total: Tensor) -> None:
     """ValueError if the sum of some row's weights is nan, or nothing."""
-    if not (total > 0).all():
+    if total.numel() and not total.amin().item() > 0:  # nan is not
         raise ValueError("hidden gives some position no distribution to draw from, but nan")
 
 

@@ -1,6 +1,7 @@
 """Draws in two stages: of a cluster or an expert, then of a word in it."""
 
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from lm_softmax.kernels.draws import (
 )
 from lm_softmax.kernels.mixture import Mixture
 
+FEW_DRAWS = 2**8  # are sorted by the host sooner
 TABLE_BYTES = 2**26  # of a float64 softmax over the short-list and the clusters
 
 
@@ -41,7 +43,7 @@ class _Rows(NamedTuple):
     def tail(self, i: int, rows: Tensor) -> Words:
         """The softmax over the words of a cluster, of some of the rows."""
         projection, weight, bias = self.clusters.tails[i]
-        inputs = self.inputs[rows]
+        inputs = self.inputs[rows] if self.inputs.shape[0] > 1 else self.inputs
         if projection is not None:
             inputs = F.linear(inputs, projection.to(inputs.dtype))
         return matrix_words(inputs, Matrix([weight], bias), self.softcap)
@@ -78,13 +80,14 @@ def draw_from_clusters(
     size = MAX_ROWS
     if clusters.tails:
         size = max(1, min(size, TABLE_BYTES // (8 * clusters.head_matrix().num_rows)))
+    parts = [inputs] if inputs.shape[0] <= size else torch.split(inputs, size)
     drawn = []
     with autocast_off(hidden):
-        for part in torch.split(inputs, size):
+        for part in parts:
             rows = _Rows(part, clusters, softcap)
             found = _draw(rows, draws.rows(part), draws.temperature, draws.generator)
             drawn.append(draws.view(found))
-    return torch.cat(drawn)
+    return torch.cat(drawn) if drawn[1:] else drawn[0]
 
 
 def _draw(
@@ -94,18 +97,29 @@ def _draw(
     clusters = rows.clusters
     if not clusters.tails:
         return draw_words(rows.head(), row, temperature, generator)
-    first = start = clusters.weight.shape[0]
+    first = clusters.weight.shape[0]
     entry = _draw_entries(rows, row, temperature, generator)
+    opens = [i - first for i in _distinct(entry) if i >= first]
+    if not opens:
+        return entry
+    starts = list(accumulate(clusters.sizes))
+    if row.shape[0] == 1:
+        words = rows.tail(opens[0], row)
+        return draw_words(words, row, temperature, generator).add_(starts[opens[0]])
     drawn = entry.clone()
-    starts = [start := start + n for n in (0, *(len(tail.weight) for tail in clusters.tails))]
-    for i in torch.unique(entry).tolist():
-        if i < first:
-            continue
-        mine = (entry == i).nonzero().squeeze(1)
+    for i in opens:
+        mine = (entry == first + i).nonzero().squeeze(1)
         opened, local = torch.unique(row[mine], return_inverse=True)
-        words = rows.tail(i - first, opened)
-        drawn[mine] = starts[i - first] + draw_words(words, local, temperature, generator)
+        found = draw_words(rows.tail(i, opened), local, temperature, generator)
+        drawn[mine] = found.add_(starts[i])
     return drawn
+
+
+def _distinct(values: Tensor) -> list[int]:
+    """`torch.unique(values).tolist()`."""
+    if values.shape[0] <= FEW_DRAWS:
+        return sorted(set(values.tolist()))
+    return torch.unique(values).tolist()  # type: ignore[no-any-return]
 
 
 def _draw_entries(

@@ -270,7 +270,7 @@ class TestInverse:
         weights[:, -1] = 1e-9
         numbers = torch.rand(900, dtype=torch.float64)
         numbers[:3], numbers[-3:] = 0, 1 - 2**-53
-        monkeypatch.setattr(draws, "uniform", lambda *_: numbers)
+        monkeypatch.setattr(draws, "uniform", lambda like, _: numbers.view(like.shape).clone())
         row = torch.arange(3).repeat_interleave(300)
         found = draws.draw(weights, row, None)
         shares = weights.double() / weights.double().sum(1, keepdim=True)
@@ -304,5 +304,5 @@ class TestInverse:
         weights = torch.zeros(1, 1000)
         weights[0, 0], weights[0, 700] = 1, 1e-12
         numbers = torch.tensor([1 - 1.5e-12, 1 - 5e-13], dtype=torch.float64)
-        monkeypatch.setattr(draws, "uniform", lambda *_: numbers)
+        monkeypatch.setattr(draws, "uniform", lambda like, _: numbers.view(like.shape).clone())
         assert draws.draw(weights, torch.tensor([0, 0]), None).tolist() == [0, 700]

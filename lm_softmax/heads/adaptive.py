@@ -205,5 +205,8 @@ class AdaptiveSoftmax(ClusteredHead):
 
 
 def _listed(parameters: nn.ParameterList, num: int) -> list[Tensor]:
-    """`list(parameters)`, which takes three times as long: a third of a token at batch 1."""
-    return [getattr(parameters, str(i)) for i in range(num)]
+    """`list(parameters)`, which would take a fifth of the time of a token at batch 1."""
+    own = parameters._parameters
+    return [
+        own[name] if name in own else getattr(parameters, name) for name in map(str, range(num))
+    ]

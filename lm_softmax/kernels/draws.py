@@ -100,13 +100,14 @@ def draw_words(
     Raises:
         ValueError: If the logits of a row give no distribution but nan.
     """
-    if row.shape[0] * words.num_words <= FEW_WEIGHTS:
-        table = words.logits(slice(0, words.num_words))
-        return draw(softmax_weights(table, temperature), row, generator)
+    blocks = list(words.blocks())
+    if len(blocks) == 1:
+        table = words.logits(blocks[0])
+        return draw(softmax_weights(table, temperature, out=table), row, generator)
     drawn = torch.zeros_like(row)
     peak: Tensor | None = None
     total = torch.zeros((), dtype=sum_dtype(row), device=row.device)
-    for block in words.blocks():
+    for block in blocks:
         weights = words.logits(block)
         best = weights.amax(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).min)
         old, peak = peak, best if peak is None else torch.maximum(peak, best)
@@ -195,12 +196,14 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits.exp_()
 
 
-def softmax_weights(log_weights: Tensor, temperature: float = 1.0) -> Tensor:
+def softmax_weights(
+    log_weights: Tensor, temperature: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """Weights in proportion to `exp(log_weights / temperature)` of each row, at most 1."""
     if temperature == 1:
-        return torch.softmax(log_weights, 1)
+        return torch.softmax(log_weights, 1, out=out)
     peak = log_weights.amax(1, keepdim=True).clamp(min=torch.finfo(log_weights.dtype).min)
-    return _tempered(log_weights - peak, temperature)
+    return _tempered(torch.sub(log_weights, peak, out=out), temperature)
 
 
 def part_sums(weights: Tensor) -> Tensor:

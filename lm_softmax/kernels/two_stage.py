@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lm_softmax.kernels.clusters import Clusters
 from lm_softmax.kernels.dense import Matrix, autocast_off, product_dtype
+from lm_softmax.kernels.dense_search import dense_logits
 from lm_softmax.kernels.draws import (
     COLDEST,
     MAX_ROWS,
@@ -23,6 +24,7 @@ from lm_softmax.kernels.draws import (
     sum_dtype,
     uniform,
 )
+from lm_softmax.kernels.kept import by_columns
 from lm_softmax.kernels.mixture import Mixture
 
 FEW_DRAWS = 2**8  # are sorted by the host sooner
@@ -36,16 +38,13 @@ class _Rows(NamedTuple):
     clusters: Clusters
     softcap: float | None
 
-    def head(self) -> Words:
-        """The softmax over the short-list and the clusters."""
-        return matrix_words(self.inputs, self.clusters.head_matrix(), self.softcap)
-
     def tail(self, i: int, rows: Tensor) -> Words:
         """The softmax over the words of a cluster, of some of the rows."""
         projection, weight, bias = self.clusters.tails[i]
         inputs = self.inputs[rows] if self.inputs.shape[0] > 1 else self.inputs
         if projection is not None:
             inputs = F.linear(inputs, projection.to(inputs.dtype))
+        weight = by_columns(weight, inputs.shape[0])
         return matrix_words(inputs, Matrix([weight], bias), self.softcap)
 
 
@@ -96,7 +95,8 @@ def _draw(
     """One id for each entry of `row`."""
     clusters = rows.clusters
     if not clusters.tails:
-        return draw_words(rows.head(), row, temperature, generator)
+        words = matrix_words(rows.inputs, clusters.head_matrix(), rows.softcap)
+        return draw_words(words, row, temperature, generator)
     first = clusters.weight.shape[0]
     entry = _draw_entries(rows, row, temperature, generator)
     opens = [i - first for i in _distinct(entry) if i >= first]
@@ -126,10 +126,9 @@ def _draw_entries(
     rows: _Rows, row: Tensor, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
     """A word of the short-list, or behind them a cluster, for each entry of `row`."""
-    head = rows.head()
-    table = head.logits(slice(0, head.num_words))
+    table = dense_logits(rows.inputs, rows.clusters.head_matrix(), rows.softcap)
     if temperature == 1:
-        return draw(softmax_weights(table), row, generator)
+        return draw(softmax_weights(table, out=table), row, generator)
     power, first = 1 / max(temperature, COLDEST), rows.clusters.weight.shape[0]
     sizes = [len(tail.weight) for tail in rows.clusters.tails]
     bounds = [max(0.0, 1 - power) * math.log(size) for size in sizes]

@@ -20,7 +20,6 @@ from lm_softmax.kernels.dense import (
     product_dtype,
 )
 from lm_softmax.kernels.dense_search import Normaliser, dense_logits, dense_topk
-from lm_softmax.kernels.kept import by_columns
 from lm_softmax.kernels.ranking import BLOCK, by_value_and_id, merge_topk, wide_topk
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
 from lm_softmax.kernels.workspace import workspace
@@ -187,8 +186,7 @@ def _open(
 
     First comes the index of these rows.
     """
-    weight = by_columns(tail.weight, rows.num)
-    logits = dense_logits(rows.inputs, Matrix([weight], tail.bias), softcap)
+    logits = dense_logits(rows.inputs, Matrix([tail.weight], tail.bias), softcap)
     shares = torch.log_softmax(logits, 1, out=logits)
     worse = rows.mass + shares.amax(1) <= rows.least
     better = rows.without(worse)

@@ -74,8 +74,7 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
-    has_autocast = torch.amp.is_autocast_available(device)
-    if has_autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if _autocasts(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
@@ -83,9 +82,11 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def autocast_off(like: Tensor) -> AbstractContextManager[object]:
     """Inside, operations keep the dtypes they are given, on devices that have no autocast too."""
     device = like.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 @cache

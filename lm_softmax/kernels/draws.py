@@ -228,7 +228,8 @@ def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_total(total: Tensor) -> None:
     """ValueError if the sum of some row's weights is nan, or nothing."""
-    if total.numel() and not total.amin().item() > 0:  # nan is not
+    least = total if total.numel() < 2 else total.amin()
+    if total.numel() and not least.item() > 0:  # nan is not
         raise ValueError("hidden gives some position no distribution to draw from, but nan")
 
 

@@ -10,17 +10,19 @@ of that bound at a typical `|z|`, falling. A row looks at the first words of tha
 as the bound is too high for, and opens the cluster only if one of them is good enough.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lm_softmax.kernels.dense import accumulation_dtype
-from lm_softmax.kernels.kept import Kept
 from lm_softmax.kernels.ranking import BLOCK
 
 PREVIEW = 8  # at most one in so many words is looked at before the cluster is opened
 LENGTHS = 34  # of projected rows that bounds are kept for, up to twice the typical one
+SAMPLES = 256  # entries of the weights that are compared with what they were
 DERIVED_ROWS = 2**14  # of the weights that are centred at once
 
 
@@ -63,11 +65,34 @@ class TailBounds(NamedTuple):
         return (norm / self.step).ceil_().clamp_(max=LENGTHS - 1).nan_to_num_(LENGTHS - 1).long()
 
 
-_bounds: Kept[TailBounds] = Kept()
+class _Entry(NamedTuple):
+    key: tuple[Any, ...]
+    samples: list[Tensor]  # what a few entries of the weights were
+    bounds: TailBounds | None
+
+
+class _Steps:
+    """Counts the steps of all optimizers: those of fused ones raise no tensor's version."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __call__(self, *_: object) -> None:
+        self.taken += 1
+
+
+_steps = _Steps()
+register_optimizer_step_post_hook(_steps)
+_entries: Any = WeakIdKeyDictionary()  # by weight
 
 
 def tail_bounds(weight: Tensor, bias: Tensor | None, rows: Tensor) -> TailBounds | None:
     """The bounds of a cluster, from the second call on that finds its weights unchanged.
+
+    They are kept as long as the weights live, are the same tensors at the same place and of the
+    same version, no optimizer makes a step, and a few of the values are what they were. The last is
+    for code that writes through `.data`, which raises no version: it is not noticed if it changes
+    single rows. Of tensors that have no version nothing is kept.
 
     Args:
         weight: `(n, width)`.
@@ -75,12 +100,27 @@ def tail_bounds(weight: Tensor, bias: Tensor | None, rows: Tensor) -> TailBounds
         rows: `(N, width)`, projected; their length is taken for typical.
     """
     tensors = [tensor for tensor in (weight, bias) if tensor is not None]
+    if torch.compiler.is_compiling() or any(t.is_meta or t.is_inference() for t in tensors):
+        return None
+    places = [(id(t), t._version, t.data_ptr(), t.dtype, t.shape) for t in tensors]
+    key = (_steps.taken, *places)
+    found: _Entry | None = _entries.get(weight)
+    some = [_some(tensor) for tensor in tensors]
+    if found is None or found.key != key or not all(map(torch.equal, some, found.samples)):
+        _entries[weight] = _Entry(key, [part.clone() for part in some], None)
+        return None
+    if found.bounds is None:
+        with torch.inference_mode(False):  # else they could be used inside of that mode only
+            typical = float(rows.to(accumulation_dtype(rows.dtype)).norm(dim=1).nanmean())
+            made = _derive(weight.detach(), None if bias is None else bias.detach(), typical)
+        _entries[weight] = found = found._replace(bounds=made)
+    return found.bounds
 
-    def make() -> TailBounds:
-        typical = float(rows.to(accumulation_dtype(rows.dtype)).norm(dim=1).nanmean())
-        return _derive(weight, bias, typical)
 
-    return _bounds.get([tensor for tensor in (weight, bias) if tensor is not None], make)
+def _some(tensor: Tensor) -> Tensor:
+    """A few entries."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.shape[0] // SAMPLES)]
 
 
 def _derive(weight: Tensor, bias: Tensor | None, typical: float) -> TailBounds:

@@ -24,7 +24,6 @@ from lm_softmax.kernels.draws import (
     sum_dtype,
     uniform,
 )
-from lm_softmax.kernels.kept import by_columns
 from lm_softmax.kernels.mixture import Mixture
 
 FEW_DRAWS = 2**8  # are sorted by the host sooner
@@ -44,7 +43,6 @@ class _Rows(NamedTuple):
         inputs = self.inputs[rows] if self.inputs.shape[0] > 1 else self.inputs
         if projection is not None:
             inputs = F.linear(inputs, projection.to(inputs.dtype))
-        weight = by_columns(weight, inputs.shape[0])
         return matrix_words(inputs, Matrix([weight], bias), self.softcap)
 
 
@@ -76,9 +74,8 @@ def draw_from_clusters(
         ValueError: If a row has no distribution but nan.
     """
     inputs = hidden.to(product_dtype(hidden, clusters.weight))
-    size = MAX_ROWS
-    if clusters.tails:
-        size = max(1, min(size, TABLE_BYTES // (8 * clusters.head_matrix().num_rows)))
+    num_entries = clusters.weight.shape[0] + len(clusters.tails)
+    size = max(1, min(MAX_ROWS, TABLE_BYTES // (8 * num_entries))) if clusters.tails else MAX_ROWS
     parts = [inputs] if inputs.shape[0] <= size else torch.split(inputs, size)
     drawn = []
     with autocast_off(hidden):

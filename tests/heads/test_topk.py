@@ -332,13 +332,13 @@ class TestBoundsAreNeverStale:
 
     def test_go_with_the_weights(self, monkeypatch):
         monkeypatch.setattr(cluster_search, "WORTH", 100)
-        before = len(tail_bounds._bounds.entries)
+        before = len(tail_bounds._entries)
         head, hidden = large_tails()
         for _ in range(2):
             head.topk(hidden, 10)
-        assert len(tail_bounds._bounds.entries) > before
+        assert len(tail_bounds._entries) > before
         del head
-        assert len(tail_bounds._bounds.entries) == before
+        assert len(tail_bounds._entries) == before
 
     def test_in_inference_mode(self, monkeypatch):
         monkeypatch.setattr(cluster_search, "WORTH", 100)

@@ -19,10 +19,9 @@ from lm_softmax.kernels.dense import (
     autocast_off,
     product_dtype,
 )
-from lm_softmax.kernels.dense_search import Normaliser, dense_logits, dense_topk
+from lm_softmax.kernels.dense_search import dense_logits, dense_topk
 from lm_softmax.kernels.ranking import BLOCK, by_value_and_id, merge_topk, wide_topk
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
-from lm_softmax.kernels.workspace import workspace
 
 OPEN_BYTES = 2**24  # of logits of a cluster that are held at once, of one row at least
 WORTH = 2**16  # words of a cluster that is not opened without a look at its bounds

@@ -171,6 +171,18 @@ def test_nan_is_an_error(case, options):
         head.sample(hidden, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"temperature": 1.5}], ids=str)
+@pytest.mark.parametrize("make", [adaptive(0.2, 0.5), adaptive(0.1, 0.2)])
+def test_one_draw_of_one_row_at_a_time(make, options):
+    head, hidden = problem(make, num_rows=1)
+    generator = torch.Generator().manual_seed(3)
+    drawn = [head.sample(hidden, generator=generator, **options) for _ in range(1500)]
+    assert drawn[0].shape == (1, 1)
+    assert chi_square(torch.cat(drawn), truncated(head.log_prob(hidden[0]), **options)) > 1e-4
+    with pytest.raises(ValueError, match="no distribution"):
+        head.sample(hidden * torch.nan, **options)
+
+
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("temperature", [1e-300, 1e39, 1e300])
 def test_extreme_temperatures(temperature, few, monkeypatch):

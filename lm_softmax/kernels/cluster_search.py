@@ -24,7 +24,7 @@ from lm_softmax.kernels.ranking import BLOCK, by_value_and_id, merge_topk, wide_
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
 
 OPEN_BYTES = 2**24  # of logits of a cluster that are held at once, of one row at least
-WORTH = 2**16  # words of a cluster that is not opened without a look at its bounds
+WORTH = 2**16  # words of a cluster that is opened only after a look at its bounds
 
 
 class _Rows(NamedTuple):
@@ -54,8 +54,8 @@ class _Rows(NamedTuple):
             return self
         return self.at(which) if which.shape[0] else None
 
-    def index(self) -> Tensor | slice:
-        """Of these among all."""
+    def among_all(self) -> Tensor | slice:
+        """The index of these among all."""
         return slice(None) if self.place is None else self.place
 
     def split(self, size: int) -> "Iterator[_Rows]":
@@ -128,7 +128,7 @@ def _topk(
             chosen = _choose(at_tail, tail, softcap, known=fresh)
         for part in () if chosen is None else chosen.split(_rows_held(tail, rows.dtype)):
             if opened is not None:
-                opened[part.index(), index] = True
+                opened[part.among_all(), index] = True
             found = _open(part, tail, k, softcap)
             if found is not None:
                 at, best, words = found
@@ -194,4 +194,4 @@ def _open(
     if better.num < rows.num:
         shares = shares[~worse]
     best, words = wide_topk(shares, min(k, shares.shape[1]))
-    return better.index(), better.mass.unsqueeze(1) + best, words
+    return better.among_all(), better.mass.unsqueeze(1) + best, words

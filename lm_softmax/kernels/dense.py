@@ -191,11 +191,14 @@ def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Ten
     blocks = list(matrix.blocks)
     if reads_are_cheap(inputs) and inputs.shape[0] >= BLOCK_ROWS:
         blocks = [part for block in blocks for part in torch.split(block, WORD_BLOCK)]
-    parts, biases = [out], [matrix.bias]
+    parts: Sequence[Tensor] = [out]
+    biases: Sequence[Tensor | None] = [matrix.bias]
     if len(blocks) > 1:
         sizes = [block.shape[0] for block in blocks]
-        parts = list(out.split(sizes, 1))
-        biases = [None] * len(parts) if matrix.bias is None else list(matrix.bias.split(sizes))
+        parts = torch.split_with_sizes(out, sizes, 1)
+        biases = [None] * len(blocks)
+        if matrix.bias is not None:
+            biases = torch.split_with_sizes(matrix.bias, sizes)
     for block, bias, part in zip(blocks, biases, parts, strict=True):
         if bias is not None and block.dtype == out.dtype:
             torch.addmm(bias.to(out.dtype), inputs, block.t(), out=part)

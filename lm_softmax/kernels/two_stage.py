@@ -116,7 +116,7 @@ def _distinct(values: Tensor) -> list[int]:
     """`torch.unique(values).tolist()`."""
     if values.shape[0] <= FEW_DRAWS:
         return sorted(set(values.tolist()))
-    return torch.unique(values).tolist()  # type: ignore[no-any-return]
+    return torch.unique(values).tolist()
 
 
 def _draw_entries(

@@ -230,7 +230,7 @@ class OutputHead(nn.Module, ABC):
             )
         if not hidden.is_floating_point():
             raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
-        return hidden.reshape(-1, self.hidden_size)
+        return hidden if hidden.dim() == 2 else hidden.reshape(-1, self.hidden_size)
 
     def _flatten_with_target(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, targets, and a number to add to the loss: 0, or nan if a target is out of range.

@@ -55,7 +55,7 @@ class ClusteredHead(ExactHead):
     @torch.no_grad()
     def topk(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> TopK:
         """See `OutputHead.topk`; words are ranked cluster by cluster, never all at once."""
-        return type(self).search(self, hidden, k).top  # for the reason of `_best`
+        return self._ranked(hidden, k, None)
 
     @torch.no_grad()
     def search(self, hidden: Float[Tensor, "*batch hidden"], k: int) -> Search:
@@ -73,15 +73,24 @@ class ClusteredHead(ExactHead):
         Raises:
             ValueError: If `k` is not in `[1, vocab_size]`.
         """
+        batch, num_tails = hidden.shape[:-1], len(self.clusters().tails)
+        marks = torch.zeros(batch.numel(), num_tails, dtype=torch.bool, device=hidden.device)
+        top = self._ranked(hidden, k, marks)
+        return Search(top, marks.view(*batch, num_tails))
+
+    def _ranked(self, hidden: Tensor, k: int, opened: Tensor | None) -> TopK:
+        """`topk`; `opened` becomes true where a position, of all in a row, opened a cluster."""
         self._check_k(k)
         clusters, batch = self.clusters(), hidden.shape[:-1]
-        if k > min(LARGEST_K, len(clusters.weight)):
-            every = torch.ones(*batch, len(clusters.tails), dtype=torch.bool, device=hidden.device)
-            return Search(super().topk(hidden, k), every)
-        rows = self._inputs(self._flatten(hidden))
-        values, indices, opened = cluster_topk(rows, clusters, k, self.objective.softcap)
-        top = TopK(values.view(*batch, k), indices.view(*batch, k))
-        return Search(top, opened.view(*batch, len(clusters.tails)))
+        if k > min(LARGEST_K, clusters.weight.shape[0]):
+            if opened is not None:
+                opened.fill_(True)
+            return super().topk(hidden, k)
+        rows, softcap = self._inputs(self._flatten(hidden)), self.objective.softcap
+        values, indices = cluster_topk(rows, clusters, k, softcap, opened)
+        if len(batch) == 1:
+            return TopK(values, indices)
+        return TopK(values.view(*batch, k), indices.view(*batch, k))
 
 
 def tied_weight(embedding: nn.Module, shape: tuple[int, int], name: str, axes: str) -> nn.Parameter:

@@ -58,7 +58,7 @@ class Gradients(NamedTuple):
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32: losses, log-probabilities and gradients are summed in it."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -69,8 +69,7 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
-    has_autocast = torch.amp.is_autocast_available(device)
-    if has_autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if _autocasts(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
@@ -78,9 +77,11 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def autocast_off(like: Tensor) -> AbstractContextManager[object]:
     """Inside, operations keep the dtypes they are given, on devices that have no autocast too."""
     device = like.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 @cache
@@ -118,18 +119,24 @@ def chunk_rows(
 
 def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Tensor) -> Tensor:
     """Logits of a chunk written into `out`."""
-    start, in_blocks = 0, reads_are_cheap(inputs) and inputs.shape[0] >= BLOCK_ROWS
-    for block in matrix.blocks:
-        for rows in torch.split(block, WORD_BLOCK) if in_blocks else [block]:
-            words = slice(start, start + rows.shape[0])
-            bias = None if matrix.bias is None else matrix.bias[words]
-            if bias is not None and rows.dtype == out.dtype:
-                torch.addmm(bias.to(out.dtype), inputs, rows.t(), out=out[:, words])
-            else:
-                products.multiply(out[:, words], inputs, rows.t())
-                if bias is not None:
-                    out[:, words].add_(bias)
-            start = words.stop
+    blocks = list(matrix.blocks)
+    if reads_are_cheap(inputs) and inputs.shape[0] >= BLOCK_ROWS:
+        blocks = [part for block in blocks for part in torch.split(block, WORD_BLOCK)]
+    parts: Sequence[Tensor] = [out]
+    biases: Sequence[Tensor | None] = [matrix.bias]
+    if len(blocks) > 1:
+        sizes = [block.shape[0] for block in blocks]
+        parts = torch.split_with_sizes(out, sizes, 1)
+        biases = [None] * len(blocks)
+        if matrix.bias is not None:
+            biases = torch.split_with_sizes(matrix.bias, sizes)
+    for block, bias, part in zip(blocks, biases, parts, strict=True):
+        if bias is not None and block.dtype == out.dtype:
+            torch.addmm(bias.to(out.dtype), inputs, block.t(), out=part)
+        else:
+            products.multiply(part, inputs, block.t())
+            if bias is not None:
+                part.add_(bias)
     return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
 

@@ -21,7 +21,7 @@ BLOCK_BYTES = 2**22  # of logits that are made at once: they stay in the cache
 MIN_BLOCK_WORDS = 2**12
 MAX_ROWS = 2**10  # whose logits are made at once
 MAX_DRAWS = 2**12  # that copy the running sums of their rows at once
-FEW_WEIGHTS = 2**16  # which may be copied for each draw, and be summed in float64 at once
+FEW_WEIGHTS = 2**18  # which may be copied for each draw, and be summed in float64 at once
 COLDEST = 1e-30  # a temperature below it draws as this one does, and quotients do not overflow
 HOTTEST = 1e30  # above it as this one, for no probability of 0 to become a quotient of infinities
 
@@ -37,7 +37,7 @@ class Draws(NamedTuple):
     def rows(self, like: Tensor) -> Tensor:
         """The row of each draw from `(N, ...)`, `(N * num_samples,)`."""
         each = torch.arange(like.shape[0], device=like.device)
-        return each.repeat_interleave(self.num_samples)
+        return each if self.num_samples == 1 else each.repeat_interleave(self.num_samples)
 
     def view(self, drawn: Tensor) -> Tensor:
         """`(N, num_samples)`."""
@@ -63,18 +63,23 @@ def matrix_words(inputs: Tensor, matrix: Matrix, softcap: float | None) -> Words
     """The softmax of `inputs`, which are in the dtype of the products, over a matrix's rows."""
 
     def logits(part: slice) -> Tensor:
-        blocks, start = [], 0
-        for block in matrix.blocks:
-            begin = min(max(part.start - start, 0), block.shape[0])
-            end = min(max(part.stop - start, 0), block.shape[0])
-            blocks.append(block[begin:end].to(inputs.dtype))
-            start += block.shape[0]
-        bias = None if matrix.bias is None else matrix.bias[part]
         shape, dtype = (inputs.shape[0], part.stop - part.start), accumulation_dtype(inputs.dtype)
-        out = workspace("logits", shape, inputs, dtype)
-        return chunk_logits(inputs, Matrix(blocks, bias), softcap, out)
+        some = matrix if shape[1] == matrix.num_rows else _cut(matrix, part)
+        some = some._replace(blocks=[block.to(inputs.dtype) for block in some.blocks])
+        return chunk_logits(inputs, some, softcap, workspace("logits", shape, inputs, dtype))
 
     return Words(inputs.shape[0], matrix.num_rows, logits)
+
+
+def _cut(matrix: Matrix, part: slice) -> Matrix:
+    """Some rows of a matrix."""
+    blocks, start = [], 0
+    for block in matrix.blocks:
+        begin = min(max(part.start - start, 0), block.shape[0])
+        end = min(max(part.stop - start, 0), block.shape[0])
+        blocks.append(block[begin:end])
+        start += block.shape[0]
+    return Matrix(blocks, None if matrix.bias is None else matrix.bias[part])
 
 
 def draw_words(
@@ -95,13 +100,14 @@ def draw_words(
     Raises:
         ValueError: If the logits of a row give no distribution but nan.
     """
-    if row.shape[0] * words.num_words <= FEW_WEIGHTS:
-        table = words.logits(slice(0, words.num_words))
-        return draw(softmax_weights(table, temperature), row, generator)
+    blocks = list(words.blocks())
+    if len(blocks) == 1:
+        table = words.logits(blocks[0])
+        return draw(softmax_weights(table, temperature, out=table), row, generator)
     drawn = torch.zeros_like(row)
     peak: Tensor | None = None
     total = torch.zeros((), dtype=sum_dtype(row), device=row.device)
-    for block in words.blocks():
+    for block in blocks:
         weights = words.logits(block)
         best = weights.amax(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).min)
         old, peak = peak, best if peak is None else torch.maximum(peak, best)
@@ -149,11 +155,12 @@ def draw(weights: Tensor, row: Tensor, generator: torch.Generator | None) -> Ten
         ValueError: If a row of weights has nan.
     """
     if row.shape[0] * weights.shape[1] <= FEW_WEIGHTS:
-        of_draws = weights[row].to(sum_dtype(weights))
-        total = of_draws.sum(1, keepdim=True)
+        of_draws = weights if row.shape[0] == 1 == weights.shape[0] else weights[row]
+        running = of_draws.cumsum(1, dtype=sum_dtype(weights))
+        total = running[:, -1:]
         check_total(total)
-        found, _ = _first_above(of_draws, uniform(row, generator).unsqueeze(1) * total)
-        return found.squeeze(1)
+        position = uniform(total, generator).mul_(total)  # below the total, rounded or not
+        return torch.searchsorted(running, position, right=True).squeeze(1)
     sums = part_sums(weights)
     total = sums.sum(1)
     check_total(total)
@@ -189,10 +196,14 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits.exp_()
 
 
-def softmax_weights(log_weights: Tensor, temperature: float = 1.0) -> Tensor:
-    """`exp((log_weights - best) / temperature)` of each row, `best` being its largest."""
+def softmax_weights(
+    log_weights: Tensor, temperature: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """Weights in proportion to `exp(log_weights / temperature)` of each row, at most 1."""
+    if temperature == 1:
+        return torch.softmax(log_weights, 1, out=out)
     peak = log_weights.amax(1, keepdim=True).clamp(min=torch.finfo(log_weights.dtype).min)
-    return _tempered(log_weights - peak, temperature)
+    return _tempered(torch.sub(log_weights, peak, out=out), temperature)
 
 
 def part_sums(weights: Tensor) -> Tensor:
@@ -217,7 +228,8 @@ def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_total(total: Tensor) -> None:
     """ValueError if the sum of some row's weights is nan, or nothing."""
-    if not (total > 0).all():
+    least = total if total.numel() < 2 else total.amin()
+    if total.numel() and not least.item() > 0:  # nan is not
         raise ValueError("hidden gives some position no distribution to draw from, but nan")
 
 

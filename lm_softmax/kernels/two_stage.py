@@ -1,6 +1,7 @@
 """Draws in two stages: of a cluster or an expert, then of a word in it."""
 
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lm_softmax.kernels.clusters import Clusters
 from lm_softmax.kernels.dense import Matrix, autocast_off, product_dtype
+from lm_softmax.kernels.dense_search import dense_logits
 from lm_softmax.kernels.draws import (
     COLDEST,
     MAX_ROWS,
@@ -24,6 +26,7 @@ from lm_softmax.kernels.draws import (
 )
 from lm_softmax.kernels.mixture import Mixture
 
+FEW_DRAWS = 2**8  # are sorted by the host sooner
 TABLE_BYTES = 2**26  # of a float64 softmax over the short-list and the clusters
 
 
@@ -34,14 +37,10 @@ class _Rows(NamedTuple):
     clusters: Clusters
     softcap: float | None
 
-    def head(self) -> Words:
-        """The softmax over the short-list and the clusters."""
-        return matrix_words(self.inputs, self.clusters.head_matrix(), self.softcap)
-
     def tail(self, i: int, rows: Tensor) -> Words:
         """The softmax over the words of a cluster, of some of the rows."""
         projection, weight, bias = self.clusters.tails[i]
-        inputs = self.inputs[rows]
+        inputs = self.inputs[rows] if self.inputs.shape[0] > 1 else self.inputs
         if projection is not None:
             inputs = F.linear(inputs, projection.to(inputs.dtype))
         return matrix_words(inputs, Matrix([weight], bias), self.softcap)
@@ -75,16 +74,16 @@ def draw_from_clusters(
         ValueError: If a row has no distribution but nan.
     """
     inputs = hidden.to(product_dtype(hidden, clusters.weight))
-    size = MAX_ROWS
-    if clusters.tails:
-        size = max(1, min(size, TABLE_BYTES // (8 * clusters.head_matrix().num_rows)))
+    num_entries = clusters.weight.shape[0] + len(clusters.tails)
+    size = max(1, min(MAX_ROWS, TABLE_BYTES // (8 * num_entries))) if clusters.tails else MAX_ROWS
+    parts = [inputs] if inputs.shape[0] <= size else torch.split(inputs, size)
     drawn = []
     with autocast_off(hidden):
-        for part in torch.split(inputs, size):
+        for part in parts:
             rows = _Rows(part, clusters, softcap)
             found = _draw(rows, draws.rows(part), draws.temperature, draws.generator)
             drawn.append(draws.view(found))
-    return torch.cat(drawn)
+    return torch.cat(drawn) if drawn[1:] else drawn[0]
 
 
 def _draw(
@@ -93,29 +92,40 @@ def _draw(
     """One id for each entry of `row`."""
     clusters = rows.clusters
     if not clusters.tails:
-        return draw_words(rows.head(), row, temperature, generator)
-    first = start = clusters.weight.shape[0]
+        words = matrix_words(rows.inputs, clusters.head_matrix(), rows.softcap)
+        return draw_words(words, row, temperature, generator)
+    first = clusters.weight.shape[0]
     entry = _draw_entries(rows, row, temperature, generator)
+    opens = [i - first for i in _distinct(entry) if i >= first]
+    if not opens:
+        return entry
+    starts = list(accumulate(clusters.sizes))
+    if row.shape[0] == 1:
+        words = rows.tail(opens[0], row)
+        return draw_words(words, row, temperature, generator).add_(starts[opens[0]])
     drawn = entry.clone()
-    starts = [start := start + n for n in (0, *(len(tail.weight) for tail in clusters.tails))]
-    for i in torch.unique(entry).tolist():
-        if i < first:
-            continue
-        mine = (entry == i).nonzero().squeeze(1)
+    for i in opens:
+        mine = (entry == first + i).nonzero().squeeze(1)
         opened, local = torch.unique(row[mine], return_inverse=True)
-        words = rows.tail(i - first, opened)
-        drawn[mine] = starts[i - first] + draw_words(words, local, temperature, generator)
+        found = draw_words(rows.tail(i, opened), local, temperature, generator)
+        drawn[mine] = found.add_(starts[i])
     return drawn
+
+
+def _distinct(values: Tensor) -> list[int]:
+    """`torch.unique(values).tolist()`."""
+    if values.shape[0] <= FEW_DRAWS:
+        return sorted(set(values.tolist()))
+    return torch.unique(values).tolist()
 
 
 def _draw_entries(
     rows: _Rows, row: Tensor, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
     """A word of the short-list, or behind them a cluster, for each entry of `row`."""
-    head = rows.head()
-    table = head.logits(slice(0, head.num_words))
+    table = dense_logits(rows.inputs, rows.clusters.head_matrix(), rows.softcap)
     if temperature == 1:
-        return draw(softmax_weights(table), row, generator)
+        return draw(softmax_weights(table, out=table), row, generator)
     power, first = 1 / max(temperature, COLDEST), rows.clusters.weight.shape[0]
     sizes = [len(tail.weight) for tail in rows.clusters.tails]
     bounds = [max(0.0, 1 - power) * math.log(size) for size in sizes]

@@ -37,7 +37,7 @@ def workspace(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype)
     if held is None or held.numel() < size:
         with torch.inference_mode(False):  # else it could be written inside of that mode only
             held = _buffers.held[name, dtype] = torch.empty(size, dtype=dtype)
-    return held[:size].view(*shape)
+    return held.as_strided((shape[0], shape[1]), (shape[1], 1))
 
 
 def aligned_rows(shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:

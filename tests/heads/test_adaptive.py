@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import naive_adaptive
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
@@ -167,3 +168,22 @@ def test_impossible_options_are_refused(options, message):
 def test_tying_to_another_embedding_is_refused():
     with pytest.raises(ValueError, match="AdaptiveEmbedding, got Embedding"):
         AdaptiveSoftmax(8, 100, cutoffs=[10]).tie_weight(nn.Embedding(100, 8))
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_tail_with_a_parametrization():
+    """It is the attribute that counts, and that its place among the tails stays what it was."""
+    head = randomise(AdaptiveSoftmax(6, 40, counts_of(40), cutoffs=[10, 20], tail_sizes=[4, 2]))
+    hidden = torch.randn(5, 6)
+    before = head.log_prob(hidden)
+    parametrize.register_parametrization(head.tail_weights, "0", Twice())
+    with_it = head.log_prob(hidden)
+    found = head.topk(hidden, 5)
+    assert not torch.allclose(with_it, before)
+    assert_close(found.log_probs, with_it.topk(5).values)
+    parametrize.remove_parametrizations(head.tail_weights, "0")
+    assert_close(head.log_prob(hidden), with_it)

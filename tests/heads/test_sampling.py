@@ -171,6 +171,18 @@ def test_nan_is_an_error(case, options):
         head.sample(hidden, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"temperature": 1.5}], ids=str)
+@pytest.mark.parametrize("make", [adaptive(0.2, 0.5), adaptive(0.1, 0.2)])
+def test_one_draw_of_one_row_at_a_time(make, options):
+    head, hidden = problem(make, num_rows=1)
+    generator = torch.Generator().manual_seed(3)
+    drawn = [head.sample(hidden, generator=generator, **options) for _ in range(1500)]
+    assert drawn[0].shape == (1, 1)
+    assert chi_square(torch.cat(drawn), truncated(head.log_prob(hidden[0]), **options)) > 1e-4
+    with pytest.raises(ValueError, match="no distribution"):
+        head.sample(hidden * torch.nan, **options)
+
+
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("temperature", [1e-300, 1e39, 1e300])
 def test_extreme_temperatures(temperature, few, monkeypatch):
@@ -270,7 +282,7 @@ class TestInverse:
         weights[:, -1] = 1e-9
         numbers = torch.rand(900, dtype=torch.float64)
         numbers[:3], numbers[-3:] = 0, 1 - 2**-53
-        monkeypatch.setattr(draws, "uniform", lambda *_: numbers)
+        monkeypatch.setattr(draws, "uniform", lambda like, _: numbers.view(like.shape).clone())
         row = torch.arange(3).repeat_interleave(300)
         found = draws.draw(weights, row, None)
         shares = weights.double() / weights.double().sum(1, keepdim=True)
@@ -304,5 +316,5 @@ class TestInverse:
         weights = torch.zeros(1, 1000)
         weights[0, 0], weights[0, 700] = 1, 1e-12
         numbers = torch.tensor([1 - 1.5e-12, 1 - 5e-13], dtype=torch.float64)
-        monkeypatch.setattr(draws, "uniform", lambda *_: numbers)
+        monkeypatch.setattr(draws, "uniform", lambda like, _: numbers.view(like.shape).clone())
         assert draws.draw(weights, torch.tensor([0, 0]), None).tolist() == [0, 700]

@@ -178,7 +178,8 @@ class TestClusters:
         )
         assert not opened[masses < log_probs[:, :40].topk(10).values[:, -1:] - 1e-4].any()
 
-    def test_first_cluster_first(self):
+    @pytest.mark.parametrize("num_rows", [1, 3])
+    def test_first_cluster_first(self, num_rows):
         """A k-th best that a cluster raised spares the next one."""
         head = randomise(AdaptiveSoftmax(4, 60, cutoffs=[10, 20], tail_sizes=[4, 4]))
         with torch.no_grad():
@@ -188,7 +189,42 @@ class TestClusters:
             head.weight.zero_()
             head.tail_weights[0].zero_()
             head.tail_biases[0].zero_()
-        assert head.search(torch.randn(3, 4), 2).opened.tolist() == [[True, False]] * 3
+        found = head.search(torch.randn(num_rows, 4), 2)
+        assert found.opened.tolist() == [[True, False]] * num_rows
+        assert found.top.indices.tolist() == [[10, 11]] * num_rows
+
+    @pytest.mark.parametrize("k", [1, 5])
+    @pytest.mark.parametrize("worth", [100, 10**6])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    def test_a_row_alone_is_that_of_a_batch(self, dtype, worth, k, monkeypatch):
+        monkeypatch.setattr(cluster_search, "WORTH", worth)
+        monkeypatch.setattr(tail_bounds, "PREVIEW", 1)
+        head, hidden = large_tails(dtype)
+        head.topk(hidden, k)
+        top, opened = head.search(hidden, k)
+        hidden[7] = torch.nan
+        for i, row in enumerate(hidden.split(1)):
+            alone = head.search(row, k)
+            assert_close(head.topk(row, k), alone.top, rtol=0, atol=0, equal_nan=True)
+            if i == 7:
+                assert alone.top.log_probs.isnan().all()
+                assert alone.opened.all()
+            elif dtype == torch.bfloat16:  # whose products of other shapes round differently
+                assert_close(alone.top.log_probs[0], top.log_probs[i], rtol=2e-2, atol=2e-2)
+            else:
+                assert_close(alone.top.log_probs[0], top.log_probs[i])
+                assert alone.top.indices[0].equal(top.indices[i])
+                assert alone.opened[0].equal(opened[i])
+
+    def test_nan_weights_are_seen_by_a_row_alone(self):
+        head, hidden = large_tails()
+        head.tail_weights[1].data[7, 3] = torch.nan
+        seen = 0
+        for row in hidden.split(1):
+            top, opened = head.search(row, 1)
+            assert top.log_probs.isnan().all() == opened[0, 1]
+            seen += int(opened[0, 1])
+        assert 0 < seen < len(hidden)
 
     def test_large_k_opens_all(self):
         head, hidden = large_tails()

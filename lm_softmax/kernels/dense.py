@@ -119,24 +119,21 @@ def chunk_rows(
 
 def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Tensor) -> Tensor:
     """Logits of a chunk written into `out`."""
-    blocks = list(matrix.blocks)
-    if reads_are_cheap(inputs) and inputs.shape[0] >= BLOCK_ROWS:
-        blocks = [part for block in blocks for part in torch.split(block, WORD_BLOCK)]
-    parts: Sequence[Tensor] = [out]
-    biases: Sequence[Tensor | None] = [matrix.bias]
-    if len(blocks) > 1:
-        sizes = [block.shape[0] for block in blocks]
-        parts = torch.split_with_sizes(out, sizes, 1)
-        biases = [None] * len(blocks)
-        if matrix.bias is not None:
-            biases = torch.split_with_sizes(matrix.bias, sizes)
-    for block, bias, part in zip(blocks, biases, parts, strict=True):
-        if bias is not None and block.dtype == out.dtype:
-            torch.addmm(bias.to(out.dtype), inputs, block.t(), out=part)
-        else:
-            products.multiply(part, inputs, block.t())
-            if bias is not None:
-                part.add_(bias)
+    start, in_parts = 0, reads_are_cheap(inputs) and inputs.shape[0] >= BLOCK_ROWS
+    for block in matrix.blocks:  # one by one: those of a product code share their memory
+        for rows in torch.split(block, WORD_BLOCK) if in_parts else (block,):
+            stop = start + rows.shape[0]
+            part, bias = out, matrix.bias
+            if rows.shape[0] != out.shape[1]:
+                part = out[:, start:stop]
+                bias = None if bias is None else bias[start:stop]
+            if bias is not None and rows.dtype == out.dtype:
+                torch.addmm(bias.to(out.dtype), inputs, rows.t(), out=part)
+            else:
+                products.multiply(part, inputs, rows.t())
+                if bias is not None:
+                    part.add_(bias)
+            start = stop
     return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
 

@@ -47,10 +47,10 @@ class Ended(NamedTuple):
 class _Events:
     """Counts events, and sends this process a signal at one of them."""
 
-    def __init__(self, at: int, number: int) -> None:
+    def __init__(self, at: int, number: int, *, again: bool) -> None:
         from lightning.pytorch.trainer import call
 
-        self.names, self._at, self._number = [], at, number
+        self.names, self._at, self._number, self._again = [], at, number, again
         self._pid, hooks = os.getpid(), call._call_callback_hooks
 
         def with_event(trainer, hook, *args, **kwargs):
@@ -69,7 +69,7 @@ class _Events:
         if os.getpid() != self._pid:
             return
         self.names.append(name)
-        if len(self.names) == self._at:
+        if len(self.names) == self._at or (0 < self._at < len(self.names) and self._again):
             os.kill(self._pid, self._number)
 
 
@@ -90,7 +90,7 @@ def _child(args, folder, name, at, number, environment):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     if user := environment.get("USER_ID"):
         os.setuid(int(user))
-    events = _Events(at, number)
+    events = _Events(at, number, again="AGAIN" in environment)
     try:
         cli.main([str(arg) for arg in args])
     finally:
@@ -102,7 +102,8 @@ def _child(args, folder, name, at, number, environment):
 def begin(*args, folder, at=0, number=signal.SIGKILL, name="said", **environment):
     """A process that runs a command; signal `number` hits it at its event `at` (0: at none).
 
-    Of its environment, LIMIT is the largest size of a file, and USER_ID the user it becomes.
+    Of its environment, LIMIT is the largest size of a file, USER_ID the user it becomes, and with
+    AGAIN the signal comes at each later event too.
     """
     Path(folder, f"{name}.events").unlink(missing_ok=True)
     options = (args, str(folder), name, at, number, environment)
@@ -129,7 +130,16 @@ def call(*args, folder, **options):
     return end(begin(*args, folder=folder, **options), folder=folder)
 
 
-def call_ranks(*args, folder, world_size, kill=(), number=signal.SIGKILL, strategy=DDP):
+def call_ranks(
+    *args,
+    folder,
+    world_size,
+    kill=(),
+    number=signal.SIGKILL,
+    strategy=DDP,
+    timeout=300,
+    **environment,
+):
     """Several processes of one run; `kill` holds the event for each at which the signal comes.
 
     Where one is killed, the others are, as a launcher does it.
@@ -137,7 +147,7 @@ def call_ranks(*args, folder, world_size, kill=(), number=signal.SIGKILL, strate
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"} | environment
     options = (*strategy, f"--trainer.devices={world_size}")
     processes = []
     for rank in range(world_size):
@@ -149,7 +159,15 @@ def call_ranks(*args, folder, world_size, kill=(), number=signal.SIGKILL, strate
         processes[0].join(300)
         for process in processes[1:]:
             process.kill()
-    return [end(p, folder=folder, name=f"rank{rank}") for rank, p in enumerate(processes)]
+    names = [f"rank{rank}" for rank in range(world_size)]
+    try:
+        return [
+            end(p, folder=folder, name=name, timeout=timeout)
+            for p, name in zip(processes, names, strict=True)
+        ]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def write_corpus(folder):

@@ -228,6 +228,59 @@ def test_two_processes_go_on_from_their_own_states(tmp_path):
     assert_same_run(tmp_path / run, tmp_path / RUN)
 
 
+def moment(said, event, number=0):
+    """The number of an event, of those with a name."""
+    return [i for i, name in enumerate(said.events, start=1) if name == event][number]
+
+
+def test_terminated_while_it_starts_or_saves(trained):
+    """A signal that comes again and again does not keep the checkpoint from being written."""
+    folder, _ = trained
+    run, again = Path("runs/insisted"), {"number": signal.SIGTERM, "AGAIN": "1"}
+    begun = ("fit", "-c", "all.yaml", "--run", run)
+    whole = call(*begun[:-1], "runs/for-events", folder=folder)
+    said = call(*begun, folder=folder, at=moment(whole, "on_sanity_check_start"), **again)
+    assert (said.code, said.err) == (143, "interrupted before the first checkpoint\n")
+    assert not (folder / run).exists()
+    said = call(*begun, folder=folder, at=moment(whole, "on_before_backward", 6), **again)
+    assert said.code == 143
+    assert survival.state(folder / run)["global_step"] == 3
+    assert go_on(folder, run).code == 0
+    assert_same_run(folder / run, folder / RUN)
+
+
+def test_one_of_two_processes_is_terminated(tmp_path):
+    """Both end after the same step, and neither waits for ever, wherever the signal comes."""
+    survival.write_corpus(tmp_path / "corpus")
+    survival.write_config(tmp_path, "all.yaml")
+    fit = ("fit", "-c", "all.yaml", "--run")
+    whole = call_ranks(*fit, RUN, folder=tmp_path, world_size=2)
+    assert [said.code for said in whole] == [0, 0], whole[0].err + whole[1].err
+    run = Path("runs/terminated")
+    options = {"folder": tmp_path, "world_size": 2, "number": signal.SIGTERM, "timeout": 120}
+    for rank, event, number, step in (
+        (1, "on_sanity_check_start", 0, None),
+        (0, "on_sanity_check_start", 0, None),
+        (1, "on_train_start", 0, None),
+        (1, "on_before_backward", 6, 3),
+        (1, "on_validation_batch_start", 5, 2),
+        (0, "open last.ckpt.partial", 1, 4),
+    ):
+        shutil.rmtree(tmp_path / run, ignore_errors=True)
+        kill = [0, 0]
+        kill[rank] = moment(whole[rank], event, number)
+        again = {"AGAIN": "1"} if step else {}
+        said = call_ranks(*fit, run, kill=kill, **options, **again)
+        assert [each.code for each in said] == [143, 143], (event, said[0].err, said[1].err)
+        if step is None:
+            assert not (tmp_path / run).exists()
+        else:
+            assert survival.state(tmp_path / run)["global_step"] == step
+    resumed = call_ranks("fit", "--run", run, "--ckpt_path", "last", folder=tmp_path, world_size=2)
+    assert [each.code for each in resumed] == [0, 0], resumed[0].err + resumed[1].err
+    assert_same_run(tmp_path / run, tmp_path / RUN)
+
+
 def test_another_number_of_processes_takes_the_rest_of_the_text(trained, tmp_path):
     folder, num_events = trained
     run = Path("runs/fewer")

@@ -140,14 +140,22 @@ class BetweenSteps(pl.Callback):
         self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
         self._handlers: dict[int, Handler] = {}
         self._noted = 0  # the signal that waits
-        self._in_step, self._alone = False, True
+        self._in_step, self._alone, self._ends = False, True, False
         self._saved_at, self._saved_step = 0.0, 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals."""
-        self._saved_at, self._saved_step = monotonic(), trainer.global_step
-        self._noted, self._in_step = 0, False
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes over SIGTERM, for which Lightning's handler would wait for the other processes.
+
+        They may be in another collective operation at that moment, and all wait for ever.
+        """
+        self._noted, self._in_step, self._ends = 0, False, False
         self._alone = trainer.world_size == 1
+        connector: Any = trainer._signal_connector
+        connector._sigterm_notifier_fn = self._note
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over the other signals."""
+        self._saved_at, self._saved_step = monotonic(), trainer.global_step
         for name in SIGNALS:
             handler = signal.getsignal(number) if (number := getattr(signal, name, 0)) else None
             if callable(handler) and not isinstance(handler, signal.Handlers):
@@ -155,6 +163,8 @@ class BetweenSteps(pl.Callback):
                 _set(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._ends and number == signal.SIGTERM:
+            return
         ends = number in (signal.SIGINT, signal.SIGTERM)  # the others save and go on
         now = ends and self._alone and not self._in_step
         if now or self._noted == number == signal.SIGINT:
@@ -165,6 +175,7 @@ class BetweenSteps(pl.Callback):
 
     def _deliver(self, number: int, frame: FrameType | None = None) -> None:
         if number == signal.SIGTERM:
+            self._ends = True  # a second one is not to stop what ends the run
             raise SIGTERMException
         self._handlers[number](number, frame)
 
@@ -211,6 +222,7 @@ class BetweenSteps(pl.Callback):
         self._release()
 
     def _release(self) -> None:
+        self._ends = True  # it is being saved, and what follows is short
         for number, handler in self._handlers.items():
             _set(number, handler)
         self._handlers.clear()

@@ -24,7 +24,7 @@ from lm_softmax.kernels.ranking import BLOCK, by_value_and_id, merge_topk, wide_
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
 
 OPEN_BYTES = 2**24  # of logits of a cluster that are held at once, of one row at least
-WORTH = 2**16  # words that rows would open together, before which a look at bounds is worth it
+WORTH = 3 * 2**14  # words that rows would open together, from which on they look at bounds first
 FEW = 4  # rows share most of a product: more of them do not count
 
 

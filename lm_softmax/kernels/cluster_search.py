@@ -24,7 +24,8 @@ from lm_softmax.kernels.ranking import BLOCK, by_value_and_id, merge_topk, wide_
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
 
 OPEN_BYTES = 2**24  # of logits of a cluster that are held at once, of one row at least
-WORTH = 2**16  # words of a cluster that is opened only after a look at its bounds
+WORTH = 3 * 2**14  # words that rows would open together, from which on they look at bounds first
+FEW = 4  # rows share most of a product: more of them do not count
 
 
 class _Rows(NamedTuple):
@@ -146,7 +147,7 @@ def _choose(rows: _Rows, tail: Tail, softcap: float | None, *, known: bool) -> _
     if tail.projection is not None:
         projection = tail.projection.to(left.inputs.dtype)
         left = left._replace(inputs=F.linear(left.inputs, projection))
-    if softcap is not None or tail.weight.shape[0] < WORTH:
+    if softcap is not None or tail.weight.shape[0] * min(left.num, FEW) < WORTH:
         return left
     bounds = tail_bounds(tail.weight, tail.bias, left.inputs)
     return left if bounds is None else _not_excluded(left, tail, bounds)

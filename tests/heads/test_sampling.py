@@ -318,3 +318,11 @@ class TestInverse:
         numbers = torch.tensor([1 - 1.5e-12, 1 - 5e-13], dtype=torch.float64)
         monkeypatch.setattr(draws, "uniform", lambda like, _: numbers.view(like.shape).clone())
         assert draws.draw(weights, torch.tensor([0, 0]), None).tolist() == [0, 700]
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_one_row_without_weight_is_an_error(few, monkeypatch):
+    monkeypatch.setattr(draws, "FEW_WEIGHTS", 2**16 * few)
+    weights = torch.tensor([[1.0, 2.0], [0.0, 0.0], [1.0, 1.0]])
+    with pytest.raises(ValueError, match="no distribution"):
+        draws.draw(weights, torch.arange(3), None)

@@ -8,6 +8,8 @@ import pytest
 import survival
 from survival import assert_same_run, call, call_ranks, rows, seen
 
+pytestmark = pytest.mark.slow  # each starts several processes, most of them more than once
+
 OVERLAYS = Path(__file__).parent.parent / "configs" / "parallel"
 DDP = ("-c", OVERLAYS / "ddp.yaml")
 FSDP2 = ("-c", OVERLAYS / "fsdp2.yaml", "--trainer.strategy.data_parallel_size=2")
@@ -45,8 +47,8 @@ def epochs(run, num_ranks):
     ("strategy", "changes"),
     [
         pytest.param(DDP, {"data.num_workers": 2, "data.batch_size": 8}, id="ddp"),
-        pytest.param(WORDS, FULL, id="words", marks=pytest.mark.slow),
-        pytest.param(FSDP2, FULL, id="fsdp2", marks=pytest.mark.slow),
+        pytest.param(WORDS, FULL, id="words"),
+        pytest.param(FSDP2, FULL, id="fsdp2"),
     ],
 )
 def test_a_stream_is_shared_and_gone_on_with(strategy, changes, tmp_path):

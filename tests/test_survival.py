@@ -249,6 +249,7 @@ def test_terminated_while_it_starts_or_saves(trained):
     assert_same_run(folder / run, folder / RUN)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_terminated(tmp_path):
     """Both end after the same step, and neither waits for ever, wherever the signal comes."""
     survival.write_corpus(tmp_path / "corpus")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lm_softmax.kernels import products
@@ -26,7 +25,7 @@ from lm_softmax.kernels.workspace import workspace
 
 BLOCK_VALUES = 2**20  # logits of a block: more leave the cache, or have glibc give pages back
 MIN_BLOCK_WORDS = 2048  # fewer make products slow
-LEAST_SHARE = 1e-30  # of a block in its row: its inverse, times a logit's derivative, is finite
+LEAST_SHARE = 1e-20  # of a block in its row: its inverse is finite, and so is it, weighted
 
 
 class Block(NamedTuple):
@@ -93,8 +92,9 @@ def block_losses(
     """
     num_rows, dtype = inputs.shape[0], accumulation_dtype(inputs.dtype)
     filling = products.filled_up(inputs) - num_rows
-    if filling:
-        inputs, target = F.pad(inputs, (0, 0, 0, filling)), F.pad(target, (0, filling))
+    if filling:  # by the last row, which is as finite as itself
+        inputs = torch.cat([inputs, inputs[-1:].expand(filling, -1)])
+        target = torch.cat([target, target[-1:].expand(filling)])
     blocks, softcap = cut(matrix, inputs.shape[0]), objective.softcap
     size = (1, inputs.shape[0] * matrix.num_rows)
     flat = workspace("logits", size, inputs, dtype)[0]
@@ -127,8 +127,9 @@ def block_losses(
         if smoothing:
             part.sub_((smoothing / matrix.num_rows / own).unsqueeze(1))
     flat[place] += (smoothing - 1) / share.gather(0, block.unsqueeze(0))[0]
-    for part, factor in zip(parts, slopes or (), strict=False):
-        part.mul_(factor)
+    if slopes is not None:
+        for part, slope_of_part in zip(parts, slopes, strict=True):
+            part.mul_(slope_of_part)
     if scale is not None:
         share[:, :num_rows].mul_(scale)
     share[:, num_rows:] = 0
@@ -190,7 +191,7 @@ def _softmax(
 
 
 def _target_logits(inputs: Tensor, matrix: Matrix, target: Tensor, softcap: float | None) -> Tensor:
-    """Of each row's target alone, in at least float32."""
+    """Of each row's target alone, in at least float32; elsewhere those of bfloat16 are rounded."""
     dtype = accumulation_dtype(inputs.dtype)
     rows, first = torch.empty(inputs.shape, dtype=dtype), 0
     for block in matrix.blocks:

@@ -46,7 +46,7 @@ def accumulate(out: Tensor, left: Tensor, right: Tensor, *, keep: bool, alpha: f
 def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`F.linear(left, rows, bias)` in `dtype`, on a CPU; the result may be overwritten."""
     if left.dtype == rows.dtype == dtype:
-        bias = None if bias is None else bias.to(dtype)
+        bias = None if bias is None else bias.to(dtype).contiguous()  # oneDNN takes it for that
         if dtype == torch.float32 and _uses_onednn():
             return torch.ops.mkldnn._linear_pointwise(left, rows, bias, "none", [], "")
         out = workspace("product", (left.shape[0], rows.shape[0]), left, dtype)
@@ -85,12 +85,13 @@ def _prefers_onednn() -> bool:
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not _of_amd():
         return False
-    left, right, bias = torch.eye(3, 5), torch.arange(20.0).view(4, 5), torch.arange(4.0)
+    left = torch.eye(3, 5, dtype=torch.float32, device="cpu")
+    right, bias = left.new_tensor(range(20)).view(4, 5), left.new_tensor(range(4))
     try:
         found = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+        return torch.allclose(found, torch.addmm(bias, left, right.t()))
     except (AttributeError, RuntimeError, TypeError):  # no public name: it may change
         return False
-    return torch.allclose(found, torch.addmm(bias, left, right.t()))
 
 
 def _of_amd() -> bool:

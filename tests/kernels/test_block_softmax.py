@@ -161,6 +161,43 @@ def test_operands_of_low_precision():
     assert_close(losses, F.cross_entropy(logits, target, reduction="none"))
 
 
+def test_a_bias_need_not_lie_in_one_piece(library):
+    """A column of a matrix, and one value for all words."""
+    hidden, weight, target = torch.randn(65, 6), torch.randn(20, 6), torch.randint(20, (65,))
+    for bias in (torch.randn(20, 3)[:, 1], torch.ones(1).expand(20)):
+        losses, _ = block_losses(
+            hidden, Matrix([weight], bias), target, PLAIN, with_derivative=False
+        )
+        expected = F.cross_entropy(F.linear(hidden, weight, bias), target, reduction="none")
+        assert_close(losses, expected)
+
+
+def test_rows_that_fill_a_product_up_are_as_finite_as_the_others(library):
+    """A word forbidden by its weights, which rows of zeros would make nan."""
+    hidden, weight = torch.rand(65, 6) + 0.1, torch.randn(20, 6)
+    weight[7] = -torch.inf
+    target = torch.randint(8, 20, (65,))
+    _, derivative = block_losses(
+        hidden, Matrix([weight], None), target, PLAIN, with_derivative=True
+    )
+    gradients = Gradients(None, [torch.zeros(20, 6)], None)
+    add_block_gradients(derivative, [weight], gradients, keep=False)
+    assert gradients.blocks[0].isfinite().all()
+    assert (gradients.blocks[0][7] == 0).all()
+
+
+@pytest.mark.parametrize("weighted", [1.0, 1e-8, 1e-14])
+def test_small_weights_of_targets_in_blocks_that_have_no_share(weighted):
+    weight, bias = torch.randn(21, 6), torch.zeros(21)
+    bias[7:] -= 90
+    hidden, target = torch.randn(5, 6), torch.randint(7, 21, (5,))
+    arguments = hidden, [weight], bias, target, PLAIN
+    _, own = found(*arguments, torch.full((5,), weighted))
+    _, expected = equation(*arguments, torch.ones(5))
+    for gradient, wanted in zip(own, expected, strict=True):
+        assert_close(gradient.double() / weighted, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_impossible_words():
     """A block of biases -inf takes no share, and a target in it costs inf."""
     bias = torch.zeros(21)
@@ -214,6 +251,17 @@ def test_few_shapes_of_products(num_rows):
         assert products.filled_up(torch.empty(num_rows, 0, dtype=torch.bfloat16)) == num_rows
         patch.setattr(products, "_prefers_onednn", lambda: False)
         assert products.filled_up(torch.empty(num_rows, 0)) == num_rows
+
+
+def test_the_trial_of_the_other_library_is_of_float32():
+    """Whatever the default dtype is when it is made."""
+    prefers = products._prefers_onednn.__wrapped__
+    expected = prefers()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert prefers() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("missing", ["mkl", "mkldnn", "capability", "maker", "name", "result"])

@@ -661,6 +661,16 @@ def test_weights_alone_are_no_run_to_go_on_with(trained, tmp_path):
     assert not Path("refused").exists()
 
 
+def test_a_training_of_an_earlier_version_is_refused(trained, tmp_path):
+    content = checkpoint(trained[0])
+    for each in content["moments"]:
+        del each["replica"]
+    torch.save(content, tmp_path / "old.ckpt")
+    line = error_of(*FIT, "--ckpt_path", tmp_path / "old.ckpt", EPOCHS.format(2))
+    assert "old.ckpt is of an earlier version" in line
+    assert not Path("refused").exists()
+
+
 def test_a_bug_keeps_its_traceback(place, monkeypatch):
     with pytest.raises(RuntimeError, match="a bug"):
         call(*stopped(3, fails=True), "--run", "failed")

@@ -94,6 +94,11 @@ class RunCheckpoint(Checkpoint):
         """
         if "loops" not in self.content:
             raise ValueError(f"{self.path} holds weights alone, no training to go on with")
+        if not all("replica" in each for each in self.content.get("moments", [])):
+            raise ValueError(
+                f"{self.path} is of an earlier version, whose trainings cannot be gone on with: "
+                "begin anew, or give its file to generate, validate or test"
+            )
         max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
         if 0 <= max_steps <= self.step:
             return (

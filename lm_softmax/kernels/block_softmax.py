@@ -120,7 +120,7 @@ def block_losses(
     if not with_derivative:
         return loss[:num_rows], None
 
-    share = normaliser.log_share.exp_().clamp_(min=LEAST_SHARE)
+    share = normaliser.log_share.exp().clamp_(min=LEAST_SHARE)
     for part, own in zip(parts, share, strict=True):
         if z_loss:
             part.mul_((1 + 2 * z_loss * lse).unsqueeze(1))

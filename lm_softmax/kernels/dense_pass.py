@@ -62,31 +62,20 @@ def dense_pass(
     rows = chunk_rows(hidden.shape[0], matrix.num_rows, total_dtype, hidden)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        inputs, wanted = hidden[part].to(dtype), target[part]
-        of_chunk, own_scale = None, None if scale is None else scale[part]
+        inputs, of_chunk = hidden[part].to(dtype), None
+        chunk = inputs, rounded, target[part], objective
+        own_scale = None if scale is None else scale[part]
         if gradients is not None:
             of_hidden = None if gradients.hidden is None else gradients.hidden[part]
             of_chunk = gradients._replace(hidden=of_hidden)
+        wanted = of_chunk is not None
         if reads_are_cheap(hidden):
-            loss[part], of_blocks = block_losses(
-                inputs,
-                rounded,
-                wanted,
-                objective,
-                with_derivative=of_chunk is not None,
-                scale=own_scale,
-            )
+            loss[part], of_blocks = block_losses(*chunk, with_derivative=wanted, scale=own_scale)
             if of_chunk is not None and of_blocks is not None:
                 add_block_gradients(of_blocks, blocks, of_chunk, keep=start > 0)
         else:
             loss[part], derivative = row_losses(
-                inputs,
-                rounded,
-                wanted,
-                objective,
-                with_derivative=of_chunk is not None,
-                scale=own_scale,
-                dtype=gradient_dtype,
+                *chunk, with_derivative=wanted, scale=own_scale, dtype=gradient_dtype
             )
             if of_chunk is not None and derivative is not None:
                 add_gradients(derivative, inputs, blocks, of_chunk, keep=start > 0)

@@ -60,7 +60,7 @@ def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 def filled_up(left: Tensor) -> int:
     """As how many rows an operand of `linear` is multiplied best, its own number at least.
 
-    oneDNN makes code for each shape that it meets, in 1 to 4 ms: so there are few of them.
+    oneDNN makes code for each shape that it meets, in about 1 ms: so there are few of them.
     """
     num_rows = left.shape[0]
     if left.dtype != torch.float32 or not _uses_onednn():

@@ -5,21 +5,12 @@ size of the vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from functools import partial
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
-from torch.sparse import check_sparse_tensor_invariants
 
 # Options that must be off: torch refuses them, but for momentum, whose buffer would come to hold
 # the rows of all steps so far.
@@ -28,7 +19,6 @@ TRAINS_ON_SPARSE: dict[type[Optimizer], tuple[str, ...]] = {
     SGD: ("weight_decay", "fused", "differentiable", "momentum"),
     SparseAdam: (),
 }
-SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,29 +43,15 @@ def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, (name, is_sparse) in first.items() if is_sparse}
 
 
-def prepare(model: nn.Module, strategy: Strategy) -> None:
-    """Make a strategy ready to wrap a model with sparse gradients, which itself stays as it is.
+def embeds_sparsely(module: nn.Module) -> bool:
+    """Whether it is one of torch's embeddings, with sparse gradients."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
 
-    `DistributedDataParallel` expects sparse gradients of `nn.Embedding` alone and asks the module
-    in which it meets a parameter first. While it is constructed, and at no other time, all that
-    have them are shown to it in embeddings ahead of the modules they belong to.
 
-    Raises:
-        ValueError: If the strategy shards parameters, or it is a `DDPStrategy` and its process
-            group is not of gloo or a sparse gradient is of a parameter that the model itself holds,
-            in no module of its own. Other strategies are taken at their word.
-    """
-    strategy.__dict__.pop("configure_ddp", None)  # of a training that failed before its use
-    sparse = sparse_parameters(model)
-    if not sparse:
-        return
-    _check_strategy(strategy, sparse)
-    if not check_sparse_tensor_invariants.is_enabled():  # type: ignore[no-untyped-call]
-        # Said aloud, or torch warns of its default.
-        check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
-    if isinstance(strategy, DDPStrategy):
-        _check_root(model, sparse)
-        strategy.configure_ddp = partial(_wrap_shown, strategy)  # type: ignore[method-assign]
+def listed(sparse: Mapping[str, nn.Parameter]) -> str:
+    """The first names, as an error tells them."""
+    names = list(sparse)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) -> None:
@@ -103,14 +79,14 @@ def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) ->
             continue
         if type(optimizer) not in TRAINS_ON_SPARSE:
             raise ValueError(
-                f"{kind} does not go with the sparse gradients of {_listed(sparse)}:"
+                f"{kind} does not go with the sparse gradients of {listed(sparse)}:"
                 f" set model.optimizer to torch.optim.Adagrad, or sparse to false"
             )
         for option in TRAINS_ON_SPARSE[type(optimizer)]:
             if value := group.get(option):
                 raise ValueError(
                     f"{kind} with {option}={value} does not go with the sparse gradients of"
-                    f" {_listed(sparse)}: set model.optimizer.init_args.{option} to"
+                    f" {listed(sparse)}: set model.optimizer.init_args.{option} to"
                     f" {'false' if value is True else 0}, or sparse to false"
                 )
 
@@ -247,69 +223,6 @@ def _uses(
     sparse = above if named is None else above | set(named())
     for name, parameter in module.named_parameters(prefix, recurse=False):
         if parameter.requires_grad:
-            yield name, parameter, parameter in sparse or _embeds_sparsely(module)
+            yield name, parameter, parameter in sparse or embeds_sparsely(module)
     for name, child in module.named_children():
         yield from _uses(child, f"{prefix}.{name}" if prefix else name, sparse)
-
-
-def _embeds_sparsely(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-
-
-def _check_strategy(strategy: Strategy, sparse: Mapping[str, nn.Parameter]) -> None:
-    if isinstance(strategy, SHARDED):
-        raise ValueError(
-            f"{type(strategy).__name__} does not shard {_listed(sparse)}, whose gradients are"
-            f" sparse: set trainer.strategy to ddp on several CPUs or auto on one device, or sparse"
-            f" to false"
-        )
-    if not isinstance(strategy, DDPStrategy):
-        return
-    device = strategy.root_device.type
-    config = torch.distributed.get_backend_config()  # as cpu:gloo,cuda:nccl
-    backends = dict(part.split(":") for part in config.split(","))
-    if (backend := backends.get(device)) != "gloo":
-        raise ValueError(
-            f"{backend} does not reduce the sparse gradients of {_listed(sparse)} on {device}: set"
-            f" sparse to false, or trainer.strategy to DDPStrategy with"
-            f" process_group_backend gloo"
-        )
-
-
-def _check_root(model: nn.Module, sparse: Mapping[str, nn.Parameter]) -> None:
-    held = {
-        name: sparse[name] for name, _ in model.named_parameters(recurse=False) if name in sparse
-    }
-    if held and not _embeds_sparsely(model):
-        raise ValueError(
-            f"DistributedDataParallel meets {_listed(held)} in {type(model).__name__} itself and"
-            f" expects dense gradients there, not sparse ones: hold it in a module of its own"
-        )
-
-
-def _wrap_shown(strategy: DDPStrategy) -> None:
-    """`strategy.configure_ddp()`, to which the sparse parameters of its model are shown first."""
-    del strategy.configure_ddp  # back to the class's
-    model = strategy.model
-    assert model is not None
-    children = dict(model._modules)  # with names for one module, and those for None
-    shown = nn.ModuleList(_embedding_of(p) for p in sparse_parameters(model).values())
-    model._modules.clear()
-    model._modules.update({"shown_sparse": shown} | children)
-    try:
-        strategy.configure_ddp()
-    finally:
-        model._modules.clear()
-        model._modules.update(children)
-
-
-def _embedding_of(parameter: nn.Parameter) -> nn.Embedding:
-    """An embedding that holds a parameter, of any shape."""
-    embedding = nn.Embedding(1, 1, sparse=True, device="meta")
-    embedding.weight = parameter
-    return embedding
-
-
-def _listed(sparse: Mapping[str, nn.Parameter]) -> str:
-    names = list(sparse)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

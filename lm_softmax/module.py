@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lm_softmax import divergence, factory, gradients, moment, parallel
+from lm_softmax import divergence, factory, gradients, moment, parallel, replicas
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 from lm_softmax.metrics import Perplexity
@@ -143,7 +143,7 @@ class LanguageModel(LightningModule):
         """
         parallel.check(self.head, self.encoder, self.trainer)
         if stage == "fit":
-            gradients.prepare(self, self.trainer.strategy)
+            replicas.prepare(self, self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Deals the parameters to the devices of a `ModelParallelStrategy`."""

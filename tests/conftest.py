@@ -9,6 +9,8 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHES = tempfile.mkdtemp(prefix="lm_softmax_tests_")  # the datasets library reads it at import
 atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
 os.environ["HF_DATASETS_CACHE"] = os.path.join(CACHES, "datasets")

@@ -128,9 +128,9 @@ def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Ten
                 part = out[:, start:stop]
                 bias = None if bias is None else bias[start:stop]
             if bias is not None and rows.dtype == out.dtype:
-                torch.addmm(bias.to(out.dtype), inputs, rows.t(), out=part)
+                products.linear_into(part, inputs, rows, bias.to(out.dtype))
             else:
-                products.multiply(part, inputs, rows.t())
+                products.linear_into(part, inputs, rows, None)
                 if bias is not None:
                     part.add_(bias)
             start = stop

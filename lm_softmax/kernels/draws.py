@@ -21,7 +21,7 @@ BLOCK_BYTES = 2**22  # of logits that are made at once: they stay in the cache
 MIN_BLOCK_WORDS = 2**12
 MAX_ROWS = 2**10  # whose logits are made at once
 MAX_DRAWS = 2**12  # that copy the running sums of their rows at once
-FEW_WEIGHTS = 2**18  # which may be copied for each draw, and be summed in float64 at once
+FEW_WEIGHTS = 2**17  # which may be copied for each draw, and be summed in float64 at once
 COLDEST = 1e-30  # a temperature below it draws as this one does, and quotients do not overflow
 HOTTEST = 1e30  # above it as this one, for no probability of 0 to become a quotient of infinities
 

@@ -10,6 +10,7 @@ from lm_softmax.kernels.workspace import workspace
 
 FEW_ROWS = 8  # that MKL multiplies sooner as columns, where it is slow
 WIDE = 96  # from which on it does so with one
+MANY_WEIGHTS = 2**15  # for which the calls around that are worth it
 FP16_GAIN = 256.0  # lifts small probabilities out of fp16's subnormals; undone in float32
 
 
@@ -61,9 +62,11 @@ def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 def linear_into(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) -> None:
     """`out = F.linear(left, rows, bias)`; without a bias `out` may be of a wider dtype."""
-    if _goes_by_columns(left):
-        columns = torch.cat([left, left]) if left.shape[0] == 1 else left  # one is the slowest
-        found = torch.mm(rows, columns.t())[:, : left.shape[0]].t()
+    if _goes_by_columns(left, rows):
+        if left.shape[0] == 1:  # one column is slower than two
+            found = torch.mm(rows, torch.cat([left, left]).t()).t()[:1]
+        else:
+            found = torch.mm(rows, left.t()).t()
         out.copy_(found) if bias is None else torch.add(found, bias, out=out)
     elif bias is None:
         multiply(out, left, rows.t())
@@ -71,7 +74,7 @@ def linear_into(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) ->
         torch.addmm(bias, left, rows.t(), out=out)
 
 
-def _goes_by_columns(left: Tensor) -> bool:
+def _goes_by_columns(left: Tensor, rows: Tensor) -> bool:
     """Whether a tall matrix times few columns is faster than few rows times a wide one.
 
     One row times 40,000 x 256 takes 7.0 ms, two columns 1.9 ms, on two Zen 4 cores.
@@ -79,7 +82,12 @@ def _goes_by_columns(left: Tensor) -> bool:
     num_rows, width = left.shape
     if not 0 < num_rows <= FEW_ROWS or (num_rows == 1 and width < WIDE):
         return False
-    return left.is_cpu and left.dtype == torch.float32 and _mkl_is_slow()
+    return (
+        rows.numel() >= MANY_WEIGHTS
+        and left.is_cpu
+        and left.dtype == torch.float32
+        and _mkl_is_slow()
+    )
 
 
 def filled_up(left: Tensor) -> int:

@@ -13,7 +13,7 @@ from lm_softmax.kernels import products
 @settings(max_examples=150, deadline=None)
 @given(
     num_rows=st.integers(0, 11),
-    num_words=st.integers(0, 40),
+    num_words=st.integers(0, 400),
     width=st.sampled_from([1, 5, 95, 96, 130]),
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
@@ -41,25 +41,29 @@ def test_linear_into_equals_its_equation(num_rows, num_words, width, bias, dtype
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "by_columns"),
+    ("shape", "num_words", "dtype", "by_columns"),
     [
-        ((0, 128), torch.float32, False),
-        ((1, 95), torch.float32, False),
-        ((1, 96), torch.float32, True),
-        ((2, 16), torch.float32, True),
-        ((8, 128), torch.float32, True),
-        ((9, 128), torch.float32, False),
-        ((2, 128), torch.float64, False),
+        ((0, 128), 1000, torch.float32, False),
+        ((1, 95), 1000, torch.float32, False),
+        ((1, 96), 1000, torch.float32, True),
+        ((1, 128), 255, torch.float32, False),
+        ((1, 128), 256, torch.float32, True),
+        ((2, 16), 10_000, torch.float32, True),
+        ((8, 128), 1000, torch.float32, True),
+        ((9, 128), 1000, torch.float32, False),
+        ((2, 128), 1000, torch.float64, False),
     ],
 )
 def test_few_rows_are_multiplied_as_columns_where_that_is_faster(
-    shape, dtype, by_columns, monkeypatch
+    shape, num_words, dtype, by_columns, monkeypatch
 ):
     for slow in (True, False):
         monkeypatch.setattr(products, "_mkl_is_slow", lambda slow=slow: slow)
-        assert products._goes_by_columns(torch.empty(shape, dtype=dtype)) == (by_columns and slow)
+        left = torch.empty(shape, dtype=dtype)
+        rows = left.new_empty(num_words, shape[1])
+        assert products._goes_by_columns(left, rows) == (by_columns and slow)
     monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
-    assert not products._goes_by_columns(torch.empty(shape, dtype=dtype, device="meta"))
+    assert not products._goes_by_columns(left.to("meta"), rows)
 
 
 def test_the_trial_of_the_other_library_is_of_float32():

@@ -10,19 +10,17 @@ of that bound at a typical `|z|`, falling. A row looks at the first words of tha
 as the bound is too high for, and opens the cluster only if one of them is good enough.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lm_softmax.kernels.dense import accumulation_dtype
+from lm_softmax.kernels.kept import derived_from
 from lm_softmax.kernels.ranking import BLOCK
 
 PREVIEW = 8  # at most one in so many words is looked at before the cluster is opened
 LENGTHS = 34  # of projected rows that bounds are kept for, up to twice the typical one
-SAMPLES = 256  # entries of the weights that are compared with what they were
 DERIVED_ROWS = 2**14  # of the weights that are centred at once
 
 
@@ -65,72 +63,32 @@ class TailBounds(NamedTuple):
         return (norm / self.step).ceil_().clamp_(max=LENGTHS - 1).nan_to_num_(LENGTHS - 1).long()
 
 
-class _Entry(NamedTuple):
-    key: tuple[Any, ...]
-    samples: list[Tensor]  # what a few entries of the weights were
-    bounds: TailBounds | None
-
-
-class _Steps:
-    """Counts the steps of all optimizers: those of fused ones raise no tensor's version."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def __call__(self, *_: object) -> None:
-        self.taken += 1
-
-
-_steps = _Steps()
-register_optimizer_step_post_hook(_steps)
-_entries: Any = WeakIdKeyDictionary()  # by weight
-
-
 def tail_bounds(weight: Tensor, bias: Tensor | None, rows: Tensor) -> TailBounds | None:
     """The bounds of a cluster, from the second call on that finds its weights unchanged.
 
-    They are kept as long as the weights live, are the same tensors at the same place and of the
-    same version, no optimizer makes a step, and a few of the values are what they were. The last is
-    for code that writes through `.data`, which raises no version: it is not noticed if it changes
-    single rows. Of tensors that have no version nothing is kept.
+    See `derived_from` for how long they are kept.
 
     Args:
         weight: `(n, width)`.
         bias: `(n,)` or None.
         rows: `(N, width)`, projected; their length is taken for typical.
     """
-    tensors = [tensor for tensor in (weight, bias) if tensor is not None]
-    if torch.compiler.is_compiling() or any(t.is_meta or t.is_inference() for t in tensors):
+    kept = derived_from(weight, bias)
+    if kept is None:
         return None
-    places = [(id(t), t._version, t.data_ptr(), t.dtype, t.shape) for t in tensors]
-    key = (_steps.taken, *places)
-    found: _Entry | None = _entries.get(weight)
-    some = [_some(tensor) for tensor in tensors]
-    if found is None or found.key != key or not all(map(torch.equal, some, found.samples)):
-        _entries[weight] = _Entry(key, [part.clone() for part in some], None)
-        return None
-    if found.bounds is None:
-        with torch.inference_mode(False):  # else they could be used inside of that mode only
+    if "bounds" not in kept:  # weights that change at each call would be derived from in vain
+        kept["bounds"] = None
+    elif kept["bounds"] is None:
+        with torch.inference_mode(False):
             typical = float(rows.to(accumulation_dtype(rows.dtype)).norm(dim=1).nanmean())
             made = _derive(weight.detach(), None if bias is None else bias.detach(), typical)
-        _entries[weight] = found = found._replace(bounds=made)
-    return found.bounds
-
-
-def _some(tensor: Tensor) -> Tensor:
-    """A few entries."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.shape[0] // SAMPLES)]
+        kept["bounds"] = made
+    found: TailBounds | None = kept["bounds"]
+    return found
 
 
 def _derive(weight: Tensor, bias: Tensor | None, typical: float) -> TailBounds:
-    dtype = accumulation_dtype(weight.dtype)
-    b = weight.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype)
-    parts = torch.split(weight, DERIVED_ROWS)
-    shares = torch.split(b.softmax(0), DERIVED_ROWS)
-    centre = sum(share @ part.to(dtype) for share, part in zip(shares, parts, strict=True))
-    assert isinstance(centre, Tensor)
-    norms = torch.cat([(part.to(dtype) - centre).norm(dim=1) for part in parts])
+    b, centre, norms = centred(weight, bias)
     step = 2 * typical / (LENGTHS - 2) if 0 < typical < torch.inf else 1.0
     order = (b + typical * norms).argsort(descending=True)
     order = torch.cat([order, order[-1:].expand(-len(order) % BLOCK)]).view(-1, BLOCK)
@@ -146,3 +104,14 @@ def _derive(weight: Tensor, bias: Tensor | None, typical: float) -> TailBounds:
         float(b.where(b.isfinite(), 0).abs().amax()),
         float(norms.amax() + centre.norm()),
     )
+
+
+def centred(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Biases `(n,)`, the mean row `(width,)` in their softmax, and the distance of each from it."""
+    dtype = accumulation_dtype(weight.dtype)
+    b = weight.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype)
+    parts = torch.split(weight, DERIVED_ROWS)
+    shares = torch.split(b.softmax(0), DERIVED_ROWS)
+    centre = sum(share @ part.to(dtype) for share, part in zip(shares, parts, strict=True))
+    assert isinstance(centre, Tensor)
+    return b, centre, torch.cat([(part.to(dtype) - centre).norm(dim=1) for part in parts])

@@ -25,6 +25,7 @@ from lm_softmax.kernels.draws import (
     uniform,
 )
 from lm_softmax.kernels.mixture import Mixture
+from lm_softmax.kernels.tail_draws import draw_by_rejection
 
 FEW_DRAWS = 2**8  # are sorted by the host sooner
 TABLE_BYTES = 2**26  # of a float64 softmax over the short-list and the clusters
@@ -37,13 +38,16 @@ class _Rows(NamedTuple):
     clusters: Clusters
     softcap: float | None
 
-    def tail(self, i: int, rows: Tensor) -> Words:
-        """The softmax over the words of a cluster, of some of the rows."""
-        projection, weight, bias = self.clusters.tails[i]
+    def projected(self, i: int, rows: Tensor) -> Tensor:
+        """What the words of a cluster are multiplied with, of some of the rows."""
+        projection = self.clusters.tails[i].projection
         inputs = self.inputs[rows] if self.inputs.shape[0] > 1 else self.inputs
-        if projection is not None:
-            inputs = F.linear(inputs, projection.to(inputs.dtype))
-        return matrix_words(inputs, Matrix([weight], bias), self.softcap)
+        return inputs if projection is None else F.linear(inputs, projection.to(inputs.dtype))
+
+    def tail(self, i: int, projected: Tensor) -> Words:
+        """The softmax over the words of a cluster, of rows that are projected."""
+        _, weight, bias = self.clusters.tails[i]
+        return matrix_words(projected, Matrix([weight], bias), self.softcap)
 
 
 def draw_from_clusters(
@@ -101,14 +105,34 @@ def _draw(
         return entry
     starts = list(accumulate(clusters.sizes))
     if row.shape[0] == 1:
-        words = rows.tail(opens[0], row)
-        return draw_words(words, row, temperature, generator).add_(starts[opens[0]])
+        found = _draw_from_tail(rows, opens[0], row, temperature, generator)
+        return found.add_(starts[opens[0]])
     drawn = entry.clone()
     for i in opens:
         mine = (entry == first + i).nonzero().squeeze(1)
-        opened, local = torch.unique(row[mine], return_inverse=True)
-        found = draw_words(rows.tail(i, opened), local, temperature, generator)
+        found = _draw_from_tail(rows, i, row[mine], temperature, generator)
         drawn[mine] = found.add_(starts[i])
+    return drawn
+
+
+def _draw_from_tail(
+    rows: _Rows, i: int, row: Tensor, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    """A word of a cluster, told from its first, for each entry of `row`."""
+    if row.shape[0] == 1:
+        opened, local = row, torch.zeros_like(row)
+    else:
+        opened, local = torch.unique(row, return_inverse=True)
+    projected = rows.projected(i, opened)
+    words, drawn = rows.tail(i, projected), None
+    if temperature == 1 and rows.softcap is None:
+        _, weight, bias = rows.clusters.tails[i]
+        drawn = draw_by_rejection(projected, local, weight, bias, generator)
+    if drawn is None:
+        return draw_words(words, local, temperature, generator)
+    missed = (drawn < 0).nonzero().squeeze(1)
+    if missed.numel():
+        drawn[missed] = draw_words(words, local[missed], temperature, generator)
     return drawn
 
 
@@ -145,7 +169,8 @@ def _draw_entries(
             opened = opened[~is_open[opened, i]]
             if not opened.numel():
                 continue
-            above = log_power_sum(rows.tail(i, opened), temperature) - bounds[i]
+            words = rows.tail(i, rows.projected(i, opened))
+            above = log_power_sum(words, temperature) - bounds[i]
             table[opened, first + i] += above
             is_open[opened, i] = True
             share = table.new_ones(table.shape[0])

@@ -120,7 +120,7 @@ def _draw_from_tail(
 ) -> Tensor:
     """A word of a cluster, told from its first, for each entry of `row`."""
     if row.shape[0] == 1:
-        opened, local = row, torch.zeros_like(row)
+        opened, local = row, row if rows.inputs.shape[0] == 1 else torch.zeros_like(row)
     else:
         opened, local = torch.unique(row, return_inverse=True)
     projected = rows.projected(i, opened)

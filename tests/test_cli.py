@@ -323,6 +323,7 @@ def test_default_folder_is_named_after_config_and_head(place):
 
 TRAINED = "trained/checkpoints/last.ckpt"
 FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
+DECAY = {"class_path": "WarmupDecay"}
 
 
 @pytest.mark.usefixtures("trained")
@@ -394,6 +395,45 @@ def test_a_wrong_command_ends_in_one_line_and_leaves_nothing(words, message, pla
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {"block_size": None}}, "data.block_size: expected int, got null"),
+        ({"model": {"tie_weights": None}}, "model.tie_weights: expected bool, got null"),
+        (
+            {"model": {"encoder": {"init_args": {"hidden_size": None}}}},
+            "model.encoder.hidden_size: expected int, got null",
+        ),
+        (
+            {
+                "model": {
+                    "lr_scheduler": {"class_path": "WarmupDecay", "init_args": {"shape": None}}
+                }
+            },
+            "model.lr_scheduler.shape: expected Literal['cosine', 'linear'], got null",
+        ),
+        (
+            {"trainer": {"accumulate_grad_batches": None}},
+            "trainer.accumulate_grad_batches: expected int, got null",
+        ),
+        (
+            {
+                "trainer": {
+                    "callbacks": [
+                        {"class_path": "StepTimeMonitor", "init_args": {"warmup_steps": None}}
+                    ]
+                }
+            },
+            "trainer.callbacks.warmup_steps: expected int, got null",
+        ),
+    ],
+)
+def test_null_is_refused_where_it_means_nothing(options, message, place):
+    Path("nulls.yaml").write_text(yaml.safe_dump(options))
+    assert error_of(*FIT, "-c", "nulls.yaml") == message
+    assert not Path("refused").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--data.path=nowhere"], "nowhere"),
@@ -407,6 +447,8 @@ def test_a_wrong_command_ends_in_one_line_and_leaves_nothing(words, message, pla
         (["--model.head.cutoffs=[0,5]"], "strictly increasing inside (0, 15), got [0, 5]"),
         (["--model.head.cutoffs=[5,99]"], "strictly increasing inside (0, 15), got [5, 99]"),
         (["--model.head.min_tail_size=0", "--model.head.div_value=9"], "must be at least 1"),
+        ([f"--model.encoder.hidden_size={10**30}"], "Overflow when unpacking long long"),
+        ([f"--model.encoder.embedding_size={10**30}"], "Overflow when unpacking long long"),
         (["--model.encoder.output_dropout=2"], "output_dropout is a probability in [0, 1), got 2"),
         (
             ["--model.tie_weights=true", "--model.encoder.embedding_size=5"],

@@ -360,6 +360,26 @@ def test_a_damaged_checkpoint_never_replaces_the_one_before_it(links, tmp_path, 
     assert seen == {0, signal.SIGKILL}
 
 
+def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """A whole file is forced there under another name, and the folder once it has its own."""
+    last, there, force = tmp_path / "last.ckpt", [], os.fsync
+
+    def fsync(descriptor):
+        there.append({path.name: _step(path) for path in tmp_path.iterdir()})
+        force(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save = AtomicCheckpointIO().save_checkpoint
+    save({"step": 1}, last)
+    save({"step": 2}, last)
+    assert there == [
+        {"last.ckpt.partial": 1},
+        {"last.ckpt": 1},
+        {"last.ckpt": 1, "last.ckpt.partial": 2},
+        {"last.ckpt": 2, "previous.ckpt": 1},
+    ]
+
+
 def _refuse(*args):
     raise PermissionError
 

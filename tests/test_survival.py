@@ -15,6 +15,7 @@ import survival
 import torch
 from survival import assert_same_run, begin, call, call_ranks, end, rows
 
+from lm_softmax.cli import checkpoint_io
 from lm_softmax.cli.checkpoint_io import AtomicCheckpointIO
 from lm_softmax.module import LanguageModel
 from lm_softmax.vocab import Vocab, load_archive
@@ -378,6 +379,9 @@ def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
         {"last.ckpt": 1, "last.ckpt.partial": 2},
         {"last.ckpt": 2, "previous.ckpt": 1},
     ]
+    monkeypatch.setattr(checkpoint_io, "load_archive", None)  # what it wrote itself is whole
+    save({"step": 3}, last)
+    assert _step(last) == 3
 
 
 def _refuse(*args):

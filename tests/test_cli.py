@@ -447,8 +447,11 @@ def test_null_is_refused_where_it_means_nothing(options, message, place):
         (["--model.head.cutoffs=[0,5]"], "strictly increasing inside (0, 15), got [0, 5]"),
         (["--model.head.cutoffs=[5,99]"], "strictly increasing inside (0, 15), got [5, 99]"),
         (["--model.head.min_tail_size=0", "--model.head.div_value=9"], "must be at least 1"),
-        ([f"--model.encoder.hidden_size={10**30}"], "Overflow when unpacking long long"),
-        ([f"--model.encoder.embedding_size={10**30}"], "Overflow when unpacking long long"),
+        (
+            [f"--model.encoder.hidden_size={10**30}"],
+            f"hidden_size must be below 2**63, got {10**30}",
+        ),
+        ([f"--model.encoder.embedding_size={10**30}"], "embedding_size must be below 2**63, got"),
         (["--model.encoder.output_dropout=2"], "output_dropout is a probability in [0, 1), got 2"),
         (
             ["--model.tie_weights=true", "--model.encoder.embedding_size=5"],
@@ -637,6 +640,23 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
     folders[2].remove()
     folders[0].remove(only_empty=True)
     assert path.parent.is_dir() is False or not any(path.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("summary", "closed"),
+    [
+        ('{"status": "finished", "steps": 9, "best": {}}', True),
+        ('{"status": "finished", "steps": 8}', False),
+        ('{"status": "running", "steps": 9}', False),
+        ('{"status": "finished"', False),
+        ("[]", False),
+        (None, False),
+    ],
+)
+def test_a_run_is_closed_by_the_summary_of_the_end_it_came_to(summary, closed, tmp_path):
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+    assert RunFolder(tmp_path, resumes=True).is_closed(9) is closed
 
 
 def test_metrics_that_a_kill_cut_off_are_read(tmp_path):

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tiny import LOGITS_ALONE, NO_TAILS
 
 from lm_softmax import cli
+from lm_softmax.cli.checkpoint import RunCheckpoint
 from lm_softmax.cli.run_folder import FOLDER_OF_RUN, RunFolder
 from lm_softmax.decoding import generate
 from lm_softmax.heads import FullSoftmax
@@ -657,6 +658,19 @@ def test_a_run_is_closed_by_the_summary_of_the_end_it_came_to(summary, closed, t
     if summary is not None:
         (tmp_path / "summary.json").write_text(summary)
     assert RunFolder(tmp_path, resumes=True).is_closed(9) is closed
+
+
+def test_a_run_goes_on_from_the_newest_of_its_checkpoints(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    names = ["checkpoints/last.ckpt", "hpc_ckpt_1.ckpt", "checkpoints/previous.ckpt"]
+    for age, name in enumerate([*names, "checkpoints/best.ckpt"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, ns=(0, 10**9 - age))
+    for count in (3, 2, 1, 0):  # with and without those that are newer
+        expected = [tmp_path / name for name in names[3 - count :]]
+        assert RunCheckpoint.candidates(tmp_path) == expected
+        if expected:
+            expected[0].unlink()
 
 
 def test_metrics_that_a_kill_cut_off_are_read(tmp_path):

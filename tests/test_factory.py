@@ -198,6 +198,14 @@ def test_a_type_that_torch_does_not_check_is_one_line():
         factory.build(spec, torch.optim.Optimizer, parameters, name="optimizer")
 
 
+def test_a_value_that_torch_does_not_check_is_one_line():
+    spec = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"last_epoch": 3}}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"StepLR refuses .*'initial_lr' is not") as caught:
+        factory.build(spec, torch.optim.lr_scheduler.LRScheduler, optimizer, 9, name="schedule")
+    assert "\n" not in str(caught.value)
+
+
 class Sized(nn.Module):
     """Fails in torch for a size of 10**30, and in Python for one of 10**400."""
 

@@ -320,3 +320,9 @@ def test_names_a_few_of_many():
     optimizer = torch.optim.Adam(sparse.values())
     with pytest.raises(ValueError, match=re.escape("of 0, 1, 2 and 2 more: ")):
         gradients.check_optimizer(optimizer, sparse)
+
+
+def test_steps_of_a_training_are_not_differentiable():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], differentiable=True)
+    with pytest.raises(ValueError, match=r"AdamW with differentiable=True .* to false"):
+        gradients.check_optimizer(optimizer, {})

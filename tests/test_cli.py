@@ -673,6 +673,16 @@ def test_a_run_goes_on_from_the_newest_of_its_checkpoints(tmp_path):
             expected[0].unlink()
 
 
+@pytest.mark.parametrize(("whole", "ended"), [(True, True), (False, False)])
+def test_an_epoch_that_is_under_way_is_not_done(whole, ended, trained):
+    checkpoint = RunCheckpoint("last", str(trained[0]))
+    loops = checkpoint.content["loops"]["fit_loop"]
+    loops["epoch_progress"]["current"] |= {"started": 1, "processed": 0}
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = whole
+    trainer = pl.Trainer(max_epochs=1, logger=False, accelerator="cpu", enable_checkpointing=False)
+    assert bool(checkpoint.end(trainer)) is ended
+
+
 def test_metrics_that_a_kill_cut_off_are_read(tmp_path):
     whole, cut = "epoch,step,train/loss\n0,0,2.5\n0,1,2.25\n0,5,2.125\n0,12,2.0\n", "0,2"
     file = tmp_path / "metrics.csv"

@@ -55,7 +55,8 @@ def build(spec: Spec, base: Callable[..., T], *args: Any, name: str) -> T:
 
     Raises:
         ValueError: If the written form is damaged, a class is unknown or no subclass of `base`, or
-            has no such options, or is one of torch's and fails for a value's type.
+            has no such options, refuses a number as too large, or is one of torch's and fails for
+            a value.
     """
     path, init_args = _checked(spec, name)
     cls = find_class(path, base, name)
@@ -69,10 +70,12 @@ def build(spec: Spec, base: Callable[..., T], *args: Any, name: str) -> T:
         raise ValueError(f"{name}: {path} {error}") from None
     try:
         return cls(*args, **options)
-    except TypeError as error:
-        if cls.__module__.partition(".")[0] != "torch":  # which does not check types, as we do
+    except (TypeError, KeyError, OverflowError) as error:
+        reason, *_ = str(error.args[0] if error.args else error).split("\n")  # torch adds a stack
+        is_torch = cls.__module__.partition(".")[0] == "torch"  # which does not check types
+        if not (is_torch or isinstance(error, OverflowError) or "Overflow" in reason):
             raise
-        raise ValueError(f"{name}: {path} refuses {init_args}: {error}") from error
+        raise ValueError(f"{name}: {path} refuses {init_args}: {reason}") from error
 
 
 def find_class(path: str, base: Callable[..., T], name: str) -> Callable[..., T]:

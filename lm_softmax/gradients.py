@@ -63,7 +63,7 @@ def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) ->
 
     Raises:
         ValueError: If the optimizer, or an option of it, does not go with sparse gradients, or it
-            takes no others and there are others.
+            takes no others and there are others; or its steps are to be differentiable.
     """
     kind, known = type(optimizer).__name__, set(sparse.values())
     if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
@@ -89,6 +89,11 @@ def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) ->
                     f" {listed(sparse)}: set model.optimizer.init_args.{option} to"
                     f" {'false' if value is True else 0}, or sparse to false"
                 )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{kind} with differentiable=True does not step parameters that are trained: set"
+            f" model.optimizer.init_args.differentiable to false"
+        )
 
 
 def check_scaling(optimizer: Optimizer, trainer: Trainer) -> None:

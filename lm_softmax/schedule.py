@@ -67,7 +67,7 @@ def _warmup_steps(total_steps: float, warmup: float) -> int:
         )
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-    if warmup < 0 or (warmup >= 1 and warmup != int(warmup)):
+    if not 0 <= warmup < math.inf or (warmup >= 1 and warmup != int(warmup)):
         raise ValueError(f"warmup must be a share in [0, 1) or a number of steps, got {warmup}")
     steps = int(warmup) if warmup >= 1 else round(warmup * total_steps)
     if steps >= total_steps:

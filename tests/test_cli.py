@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tiny import LOGITS_ALONE, NO_TAILS
 
 from lm_softmax import cli
+from lm_softmax.cli.checkpoint import RunCheckpoint
 from lm_softmax.cli.run_folder import FOLDER_OF_RUN, RunFolder
 from lm_softmax.decoding import generate
 from lm_softmax.heads import FullSoftmax
@@ -323,6 +324,7 @@ def test_default_folder_is_named_after_config_and_head(place):
 
 TRAINED = "trained/checkpoints/last.ckpt"
 FIT = ("fit", "-c", "tiny.yaml", "--run", "refused")
+DECAY = {"class_path": "WarmupDecay"}
 
 
 @pytest.mark.usefixtures("trained")
@@ -394,6 +396,45 @@ def test_a_wrong_command_ends_in_one_line_and_leaves_nothing(words, message, pla
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {"block_size": None}}, "data.block_size: expected int, got null"),
+        ({"model": {"tie_weights": None}}, "model.tie_weights: expected bool, got null"),
+        (
+            {"model": {"encoder": {"init_args": {"hidden_size": None}}}},
+            "model.encoder.hidden_size: expected int, got null",
+        ),
+        (
+            {
+                "model": {
+                    "lr_scheduler": {"class_path": "WarmupDecay", "init_args": {"shape": None}}
+                }
+            },
+            "model.lr_scheduler.shape: expected Literal['cosine', 'linear'], got null",
+        ),
+        (
+            {"trainer": {"accumulate_grad_batches": None}},
+            "trainer.accumulate_grad_batches: expected int, got null",
+        ),
+        (
+            {
+                "trainer": {
+                    "callbacks": [
+                        {"class_path": "StepTimeMonitor", "init_args": {"warmup_steps": None}}
+                    ]
+                }
+            },
+            "trainer.callbacks.warmup_steps: expected int, got null",
+        ),
+    ],
+)
+def test_null_is_refused_where_it_means_nothing(options, message, place):
+    Path("nulls.yaml").write_text(yaml.safe_dump(options))
+    assert error_of(*FIT, "-c", "nulls.yaml") == message
+    assert not Path("refused").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--data.path=nowhere"], "nowhere"),
@@ -407,6 +448,11 @@ def test_a_wrong_command_ends_in_one_line_and_leaves_nothing(words, message, pla
         (["--model.head.cutoffs=[0,5]"], "strictly increasing inside (0, 15), got [0, 5]"),
         (["--model.head.cutoffs=[5,99]"], "strictly increasing inside (0, 15), got [5, 99]"),
         (["--model.head.min_tail_size=0", "--model.head.div_value=9"], "must be at least 1"),
+        (
+            [f"--model.encoder.hidden_size={10**30}"],
+            f"hidden_size must be below 2**63, got {10**30}",
+        ),
+        ([f"--model.encoder.embedding_size={10**30}"], "embedding_size must be below 2**63, got"),
         (["--model.encoder.output_dropout=2"], "output_dropout is a probability in [0, 1), got 2"),
         (
             ["--model.tie_weights=true", "--model.encoder.embedding_size=5"],
@@ -595,6 +641,46 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
     folders[2].remove()
     folders[0].remove(only_empty=True)
     assert path.parent.is_dir() is False or not any(path.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("summary", "closed"),
+    [
+        ('{"status": "finished", "steps": 9, "best": {}}', True),
+        ('{"status": "finished", "steps": 8}', False),
+        ('{"status": "running", "steps": 9}', False),
+        ('{"status": "finished"', False),
+        ("[]", False),
+        (None, False),
+    ],
+)
+def test_a_run_is_closed_by_the_summary_of_the_end_it_came_to(summary, closed, tmp_path):
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+    assert RunFolder(tmp_path, resumes=True).is_closed(9) is closed
+
+
+def test_a_run_goes_on_from_the_newest_of_its_checkpoints(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    names = ["checkpoints/last.ckpt", "hpc_ckpt_1.ckpt", "checkpoints/previous.ckpt"]
+    for age, name in enumerate([*names, "checkpoints/best.ckpt"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, ns=(0, 10**9 - age))
+    for count in (3, 2, 1, 0):  # with and without those that are newer
+        expected = [tmp_path / name for name in names[3 - count :]]
+        assert RunCheckpoint.candidates(tmp_path) == expected
+        if expected:
+            expected[0].unlink()
+
+
+@pytest.mark.parametrize(("whole", "ended"), [(True, True), (False, False)])
+def test_an_epoch_that_is_under_way_is_not_done(whole, ended, trained):
+    checkpoint = RunCheckpoint("last", str(trained[0]))
+    loops = checkpoint.content["loops"]["fit_loop"]
+    loops["epoch_progress"]["current"] |= {"started": 1, "processed": 0}
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = whole
+    trainer = pl.Trainer(max_epochs=1, logger=False, accelerator="cpu", enable_checkpointing=False)
+    assert bool(checkpoint.end(trainer)) is ended
 
 
 def test_metrics_that_a_kill_cut_off_are_read(tmp_path):

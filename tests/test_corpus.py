@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -29,9 +30,11 @@ from lm_softmax.corpus import (
     rows,
     source,
     stdlib,
+    token_file,
     token_files,
     work,
 )
+from lm_softmax.corpus.token_file import MAGIC
 from lm_softmax.vocab import Vocab, load_tokenizer
 
 LINES = ["the cat sat", "", "the dog", "é cat"]
@@ -587,6 +590,69 @@ def damages(whole):
     yield "foreign", b"\0" * len(whole)
     yield "another version", whole.replace(b'"version": 1', b'"version": 9')
     yield "another type", whole.replace(b'"dtype": "uint8"', b'"dtype": "int64"')
+
+
+def forged(path, **changes):
+    """A token file with another header that passes its checksum."""
+    whole = path.read_bytes()
+    header = json.loads(whole[len(MAGIC) : whole.index(b"\n", len(MAGIC))])
+    text = MAGIC + json.dumps(header | changes).encode()
+    path.unlink()
+    path.write_bytes((text + b"\n%08x\n" % zlib.crc32(text)).ljust(4096) + whole[4096:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "is of another version than 1"),
+        ({"flags": 1}, "is of another version than 1"),
+        ({"dtype": "int8"}, "is damaged: int8 ids of 9"),
+        ({"vocab_size": 300}, "is damaged: uint8 ids of 300"),
+        ({"num_tokens": 6}, "is damaged: 4101 bytes of 4102"),
+        ({"num_tokens": 4}, "is damaged: 4101 bytes of 4100"),
+        ({"crc32": 0}, "its ids fail their checksum"),
+    ],
+)
+def test_headers_are_not_taken_at_their_word(tmp_path, changes, message):
+    path = tmp_path / "tokens.bin"
+    with TokenWriter(path, 9) as writer:
+        writer.append(np.arange(5))
+    forged(path)
+    assert TokenFile(path)[:].tolist() == [*range(5)]
+    forged(path, **changes)
+    complaint(lambda: TokenFile(path), message)
+
+
+def test_long_token_files_are_checked_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_file, "_CHUNK", 7)
+    with TokenWriter(tmp_path / "tokens.bin", 300) as writer:
+        writer.append(np.arange(200))
+        writer.append(np.arange(99))
+    assert len(TokenFile(tmp_path / "tokens.bin")) == 299
+    with TokenWriter(tmp_path / "empty.bin", 300):
+        pass
+    assert TokenFile(tmp_path / "empty.bin")[:].tolist() == []
+
+
+def test_a_writer_that_fails_leaves_no_header(tmp_path):
+    path = tmp_path / "tokens.bin"
+    with pytest.raises(ValueError, match="invalid literal"), TokenWriter(path, 9) as writer:
+        writer.append(np.array(["no number"]))
+    complaint(lambda: TokenFile(path), "is no token file")
+
+
+def test_ids_are_on_the_disk_before_their_name(corpus, monkeypatch):
+    """A header with its checksum is the last to be written, and then forced to the disk."""
+    forced, force = {}, os.fsync
+
+    def fsync(descriptor):
+        for path in Path(corpus.cache_dir).rglob("tokens.bin"):
+            forced[path.parent.suffix] = path.read_bytes()
+        force(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = corpus.tokens("train").path
+    assert forced[".partial"] == path.read_bytes()
 
 
 def test_damaged_token_files_are_made_again(corpus, caplog):

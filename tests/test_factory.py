@@ -198,6 +198,31 @@ def test_a_type_that_torch_does_not_check_is_one_line():
         factory.build(spec, torch.optim.Optimizer, parameters, name="optimizer")
 
 
+def test_a_value_that_torch_does_not_check_is_one_line():
+    spec = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"last_epoch": 3}}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"StepLR refuses .*'initial_lr' is not") as caught:
+        factory.build(spec, torch.optim.lr_scheduler.LRScheduler, optimizer, 9, name="schedule")
+    assert "\n" not in str(caught.value)
+
+
+class Sized(nn.Module):
+    """Fails in torch for a size of 10**30, and in Python for one of 10**400."""
+
+    def __init__(self, *, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1) * (size / 2) * torch.empty(size))
+
+
+@pytest.mark.parametrize("size", [10**30, 10**400, None])
+def test_a_number_that_is_too_large_is_one_line(size):
+    spec = {"class_path": f"{__name__}.Sized", "init_args": {"size": size}}
+    refused = (TypeError, "unsupported|must be") if size is None else (ValueError, "head: .* refus")
+    with pytest.raises(refused[0], match=refused[1]) as caught:
+        factory.build(spec, nn.Module, name="head")
+    assert size is None or "\n" not in str(caught.value)
+
+
 def test_an_unknown_option_names_the_class():
     with pytest.raises(ValueError, match=r"head: lm_softmax.heads.FullSoftmax .*'cutoffs'"):
         factory.build(

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import time
 
 import fuzz
 import pytest
@@ -36,7 +37,7 @@ def test_many_random_inputs(tmp_path):
     in_a_process(_few, tmp_path, 600)
 
 
-def test_what_is_neither_is_found(tmp_path):
+def test_what_is_neither_is_found(tmp_path, monkeypatch):
     """The test above can fail."""
 
     def traceback(draw, folder):
@@ -45,7 +46,14 @@ def test_what_is_neither_is_found(tmp_path):
     def two_lines(draw, folder):
         raise ValueError("one\ntwo")
 
-    for kind in (traceback, two_lines):
+    def hang(draw, folder):
+        try:
+            time.sleep(30)
+        except Exception as error:
+            raise ValueError("one line") from error
+
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    for kind in (traceback, two_lines, hang):
         with pytest.raises(AssertionError, match=f"{kind.__name__}, seed 0, number 0"):
             fuzz.fuzz(tmp_path, 1, 0, (kind,))
     with pytest.raises(AssertionError, match="not one line"), fuzz.clear_or_fine():

@@ -186,6 +186,13 @@ def test_an_embedding_within_a_head_speaks_for_itself():
     assert list(gradients.sparse_parameters(naming)) == ["inner.bias", "words.weight"]
 
 
+def test_a_module_names_parameters_of_one_that_names_its_own():
+    outer = SparseBias()
+    outer.inner = SparseBias()
+    outer.sparse_parameters = lambda: [outer.inner.inner.weight]
+    assert list(gradients.sparse_parameters(outer)) == ["inner.inner.weight", "inner.inner.bias"]
+
+
 @pytest.mark.parametrize("encoder", [LSTMEncoder, TransformerEncoder])
 def test_encoders_take_sparse_embeddings(encoder):
     made = encoder(9, embedding=partial(WordEmbedding, sparse=True))
@@ -313,3 +320,9 @@ def test_names_a_few_of_many():
     optimizer = torch.optim.Adam(sparse.values())
     with pytest.raises(ValueError, match=re.escape("of 0, 1, 2 and 2 more: ")):
         gradients.check_optimizer(optimizer, sparse)
+
+
+def test_steps_of_a_training_are_not_differentiable():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], differentiable=True)
+    with pytest.raises(ValueError, match=r"AdamW with differentiable=True .* to false"):
+        gradients.check_optimizer(optimizer, {})

@@ -186,15 +186,19 @@ def sparse_gradient(rank, number):
 
 def average_all(rank, port, size):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    found, expected = [], []
+    found, expected, rows = [], [], []
     for number in range(36):  # all under way before the first is awaited
-        every = [sparse_gradient(each, number).to_dense() for each in range(size)]
+        each_rank = [sparse_gradient(each, number) for each in range(size)]
+        rows.append(len({(*row,) for one in each_rank for row in one._indices().t().tolist()}))
+        every = [each.to_dense() for each in each_rank]
         for gradient in (sparse_gradient(rank, number), every[rank].clone()):
             found.append(replicas.average(dist.group.WORLD, gradient))
             expected.append(torch.stack(every).mean(0))
     for future, mean in zip(found, expected, strict=True):
         given = future.wait()
         torch.testing.assert_close(given.to_dense(), mean, rtol=1e-14, atol=1e-14)
+        if given.is_sparse:  # an optimizer steps each row that is there
+            assert given._nnz() == rows.pop(0)
     dist.destroy_process_group()
 
 

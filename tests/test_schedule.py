@@ -76,6 +76,10 @@ def test_a_resumed_run_follows_the_new_length():
         (-1, {}, "set trainer.max_steps or trainer.max_epochs"),
         (0, {}, "total_steps must be at least 1, got 0"),
         (10, {"warmup": -0.5}, "warmup must be a share in [0, 1) or a number of steps, got -0.5"),
+        *(
+            (10, {"warmup": float(wild)}, f"a share in [0, 1) or a number of steps, got {wild}")
+            for wild in ("inf", "nan")
+        ),
         (10, {"warmup": 2.5}, "warmup must be a share in [0, 1) or a number of steps, got 2.5"),
         (10, {"warmup": 10}, "a warm-up of 10 steps does not fit into 10 steps"),
         (10, {"final": 1.5}, "final must be in [0, 1], a share of the learning rate, got 1.5"),

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lm_softmax import cli
-from lm_softmax.corpus import Corpus, Source
+from lm_softmax.corpus import Corpus, Source, stream
 from lm_softmax.data import TextDataModule, streaming
 from lm_softmax.data.streaming import Reader, RowMaker, StreamLoader, StreamParts
+from lm_softmax.vocab import SymbolCounter, Vocab, load_tokenizer
 
 EOS = 10**6
 quick = settings(deadline=None, max_examples=50)
@@ -74,14 +75,27 @@ def test_a_stream_has_the_rows_of_its_files(tmp_path, suffix):
         rows = [row for b in source.rows("train").batches(10**6) for row in b.to_pylist()]
         assert rows == lines
         assert source.stream("train").num_shards == 2  # files
-        stream = source.stream("train").at_least(4 if suffix == ".parquet" else 2)
-        assert stream.num_shards == (4 if suffix == ".parquet" else 2)  # row groups
+        assert source.stream("train").at_least(2).num_shards == 2  # are enough
+        text = source.stream("train").at_least(4 if suffix == ".parquet" else 2)
+        assert text.num_shards == (4 if suffix == ".parquet" else 2)  # row groups
         shards = [
-            [row for piece in stream.texts(shard) for row in piece.to_pylist()]
-            for shard in range(stream.num_shards)
+            [row for piece in text.texts(shard) for row in piece.to_pylist()]
+            for shard in range(text.num_shards)
         ]
         assert [row for shard in shards for row in shard] == lines
         assert all(shards)
+
+
+def test_a_shard_is_read_from_a_piece_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "_ROWS", 2)
+    named = {"train": parquet(tmp_path / "a.parquet", LINES, rows=3)}
+    text = Source(data_files=named, streaming=True).stream("train").at_least(2)
+    assert text.num_shards == 3  # row groups
+    for shard, number in enumerate((2, 2, 1)):
+        whole = [piece.to_pylist() for piece in text.texts(shard)]
+        assert len(whole) == number
+        for skip in range(number + 1):
+            assert [piece.to_pylist() for piece in text.texts(shard, skip)] == whole[skip:]
 
 
 def test_what_cannot_be_streamed_is_one_line(tmp_path):
@@ -98,6 +112,31 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR")
     broken = Source(data_files={"train": str(tmp_path / "broken.parquet")}, streaming=True)
     complaint(lambda: broken.stream("train"), "cannot read")
+    (tmp_path / "empty.txt").touch()
+    empty = Source(data_files={"train": str(tmp_path / "empty.txt")}, streaming=True)
+    complaint(lambda: empty.stream("train"), "empty")
+
+
+def late_damage(tmp_path):
+    """Two files, the second of which breaks off where it is read."""
+    (tmp_path / "a.txt").write_text("a b\n" * 300)
+    (tmp_path / "b.txt").write_bytes(b"a b\n" * 300 + b"\xff\n")
+    return {"train": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]}
+
+
+def test_what_cannot_be_read_later_is_one_line(tmp_path):
+    text = Source(data_files=late_damage(tmp_path), streaming=True).stream("train")
+    assert sum(map(len, text.texts(0))) == 300
+    complaint(lambda: [*text.texts(1)], "b.txt", "see byte 1200")
+    complaint(lambda: [*text.rows().batches(10**6)], "b.txt", "see byte 1200")
+
+
+def test_another_text_has_another_vocabulary(tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    for word in ("a", "b"):
+        file = parquet(tmp_path / f"{word}.parquet", [word])
+        source = Source(data_files={"train": file}, streaming=True)
+        assert word in Corpus(source, "whitespace", **cache).vocab.tokens
 
 
 @pytest.mark.parametrize("num_proc", [1, 3])
@@ -146,11 +185,14 @@ class Agreement:
         self.barrier, self.numbers = threading.Barrier(world_size, timeout=30), [0] * world_size
 
     def __call__(self, rank, number):
-        self.numbers[rank] = number
+        return max(self.gathered(rank, number))
+
+    def gathered(self, rank, item):
+        self.numbers[rank] = item
         self.barrier.wait()
-        largest = max(self.numbers)
+        items = [*self.numbers]
         self.barrier.wait()
-        return largest
+        return items
 
 
 def each_rank(world_size, work):
@@ -266,11 +308,53 @@ def test_a_complete_epoch_is_followed_by_another():
     assert targets_of(again) == whole
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_ranks_of_two_workers_go_on_where_they_were_left():
+    """Each worker of each rank goes on with its own text."""
+    numbers, agreement = Numbers([[300], [200, 90], [310], [150, 150]]), Agreement(2)
+
+    def loader(rank):
+        parts = StreamParts(numbers, NumberVocab(), 4, 5, rank, 2, num_workers=2)
+        both = partial(agreement, rank), partial(agreement.gathered, rank)
+        return StreamLoader(parts, *both, num_workers=2)
+
+    def work(rank):
+        whole = [batch.target.tolist() for batch in loader(rank)]
+        stopped = loader(rank)
+        iterator = iter(stopped)
+        for _ in range(40):
+            next(iterator)
+            stopped.note_use()
+        again = loader(rank)
+        again.load_state_dict(stopped.state_dict())
+        return whole, [batch.target.tolist() for batch in again]
+
+    for whole, rest in each_rank(2, work):
+        assert len(whole) > 50
+        assert rest == whole[40:]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_error_of_a_worker_is_one_line(tmp_path):
+    text = Source(data_files=late_damage(tmp_path), streaming=True).stream("train")
+    for num_workers in (1, 2):
+        parts = StreamParts(text, vocab_of_a(), 2, 5, num_workers=num_workers)
+        loader = StreamLoader(parts, num_workers=num_workers, timeout=30)
+        complaint(lambda loader=loader: [*loader], "b.txt", "see byte 1200")
+
+
+def vocab_of_a():
+    counter = SymbolCounter()
+    counter.update(pa.array(["a", "b"], pa.large_string()))
+    return Vocab.build(load_tokenizer("whitespace"), counter)
+
+
 def test_a_stream_goes_on_with_the_shares_it_was_left_with():
     one = StreamLoader(StreamParts(Numbers([[20]] * 4), NumberVocab(), 4, 5))
     state = one.state_dict()
     for other in (
         StreamParts(Numbers([[20]] * 4), NumberVocab(), 4, 5, rank=0, world_size=2),
+        StreamParts(Numbers([[20]] * 4), NumberVocab(), 4, 5, num_workers=2),
         StreamParts(Numbers([[20]] * 3), NumberVocab(), 4, 5),
     ):
         complaint(lambda other=other: StreamLoader(other).load_state_dict(state), "not ", "shards")
@@ -297,10 +381,10 @@ def module(files, **options):
 def test_two_ranks_of_two_workers_share_the_text(corpus):
     data, copied = module(corpus), TextDataModule(data_files=corpus, tokenizer="whitespace")
     assert data.vocab == copied.vocab
-    stream, agreement = data._corpus.source.stream("train").at_least(4), Agreement(2)
+    text, agreement = data._corpus.source.stream("train").at_least(4), Agreement(2)
 
     def work(rank):
-        parts = StreamParts(stream, data.vocab, 8, 7, rank, 2, num_workers=2)
+        parts = StreamParts(text, data.vocab, 8, 7, rank, 2, num_workers=2)
         loader = StreamLoader(parts, partial(agreement, rank), num_workers=2)
         return [(batch.tokens, batch.target) for batch in loader]
 

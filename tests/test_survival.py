@@ -15,6 +15,7 @@ import survival
 import torch
 from survival import assert_same_run, begin, call, call_ranks, end, rows
 
+from lm_softmax.cli import checkpoint_io
 from lm_softmax.cli.checkpoint_io import AtomicCheckpointIO
 from lm_softmax.module import LanguageModel
 from lm_softmax.vocab import Vocab, load_archive
@@ -358,6 +359,29 @@ def test_a_damaged_checkpoint_never_replaces_the_one_before_it(links, tmp_path, 
         assert whole == sorted(whole, reverse=True)
     assert whole == [3, 2]
     assert seen == {0, signal.SIGKILL}
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """A whole file is forced there under another name, and the folder once it has its own."""
+    last, there, force = tmp_path / "last.ckpt", [], os.fsync
+
+    def fsync(descriptor):
+        there.append({path.name: _step(path) for path in tmp_path.iterdir()})
+        force(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save = AtomicCheckpointIO().save_checkpoint
+    save({"step": 1}, last)
+    save({"step": 2}, last)
+    assert there == [
+        {"last.ckpt.partial": 1},
+        {"last.ckpt": 1},
+        {"last.ckpt": 1, "last.ckpt.partial": 2},
+        {"last.ckpt": 2, "previous.ckpt": 1},
+    ]
+    monkeypatch.setattr(checkpoint_io, "load_archive", None)  # what it wrote itself is whole
+    save({"step": 3}, last)
+    assert _step(last) == 3
 
 
 def _refuse(*args):

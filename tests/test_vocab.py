@@ -13,7 +13,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lm_softmax.vocab import SymbolCounter, Vocab, counting, load_tokenizer
+from lm_softmax.vocab import Counts, SymbolCounter, Vocab, counting, load_tokenizer
 from lm_softmax.vocab import symbols as vocab_symbols
 from lm_softmax.vocab.huggingface import HuggingFaceTokenizer
 from lm_softmax.vocab.symbols import SymbolIndex, hash_symbols
@@ -118,9 +118,11 @@ def test_counts_go_to_disk_when_there_are_too_many(tmp_path, monkeypatch):
     for words in ("a b c", "c d e", "f g h", "c c a"):
         counter.update(pa.array(words.split(), pa.large_string()))
     assert len([*tmp_path.iterdir()]) == 2
+    counter.update(pa.array(["b"], pa.large_string()))  # stays in memory
     seen, counts, left_out = counter.result()
     assert left_out == 0
-    assert dict(zip(seen.to_pylist(), counts.tolist(), strict=True)) == Counter("abccdefghcca")
+    assert dict(zip(seen.to_pylist(), counts.tolist(), strict=True)) == Counter("abccdefghccab")
+    assert len(counter.result()[0]) == 0  # it is empty then
     again = SymbolCounter(tmp_path / "none", spill_at=3)
     assert again.result()[2] == 0
 
@@ -338,6 +340,19 @@ def test_counts_of_many_batches_are_exact():
     seen, counts, _ = counter.result()
     assert seen.to_pylist() == [*range(7)]
     assert counts.tolist() == [429] * 6 + [426]
+    assert len(counter.result()[0]) == 0  # it is empty then
+
+
+def test_counts_are_merged_a_few_times(monkeypatch):
+    """The work is linear in the text, whatever number of batches it comes in."""
+    merged, merge = [], Counts.merged
+    monkeypatch.setattr(Counts, "merged", lambda several: merged.append(several) or merge(several))
+    monkeypatch.setattr(counting, "_MERGE_AT", 0)
+    counter = SymbolCounter()
+    for number in range(200):
+        counter.update(pa.array([number, number + 1]))
+    assert counter.result()[1].sum() == 400
+    assert sum(len(own.counts) for several in merged for own in several) < 5 * 400
 
 
 def test_it_says_how_large_it_is():

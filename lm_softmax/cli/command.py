@@ -25,6 +25,7 @@ from lm_softmax.cli.checkpoint import RunCheckpoint
 from lm_softmax.cli.checkpoint_io import AtomicCheckpointIO
 from lm_softmax.cli.last_state import BetweenSteps
 from lm_softmax.cli.messages import option_error
+from lm_softmax.cli.nulls import check_nulls
 from lm_softmax.cli.predictions import NUM_TOKENS, PredictionWriter
 from lm_softmax.cli.run_folder import RunFolder
 from lm_softmax.data import TextDataModule
@@ -33,6 +34,7 @@ from lm_softmax.parallel import check_sizes
 from lm_softmax.vocab import Vocab
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+GROUPS = {"model": LanguageModel, "data": TextDataModule, "trainer": pl.Trainer}
 CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
 BEST = {
@@ -169,9 +171,10 @@ class TrainCLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise ValueError(self._option_error(str(error))) from error
         subcommand = self.config.subcommand
-        for name in ("model", "data", "trainer"):
+        for name, cls in GROUPS.items():
             if not isinstance(value := self.config[subcommand].get(name), Namespace):
                 raise ValueError(f"{name} is {value!r}: give its options, or leave it out")
+            check_nulls(value.as_dict(), cls, name)
         if self.checkpoint is not None:
             self.checkpoint.check_data(self.config[subcommand].data)
             pinned = self.checkpoint.pin(self.config[subcommand].model.as_dict())

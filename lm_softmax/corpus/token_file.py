@@ -129,8 +129,8 @@ def _header(path: Path) -> dict[str, Any]:
     if rest[:8] != b"%08x" % zlib.crc32(MAGIC + text):
         raise ValueError(f"token file {path} is damaged: its header fails its checksum")
     header: dict[str, Any] = json.loads(text)
-    if header["version"] != VERSION or set(header) != _KEYS:
-        raise ValueError(f"token file {path} is of version {header['version']}, not {VERSION}")
+    if header.get("version") != VERSION or set(header) != _KEYS:
+        raise ValueError(f"token file {path} is of another version than {VERSION}")
     return header
 
 

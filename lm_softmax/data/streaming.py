@@ -313,4 +313,4 @@ class StreamLoader(DataLoader[Part]):
         self._ended = False
         # the batch that the workers' states came with, and those states
         first = (resumed["at"], resumed["workers"]) if resumed else (0, [None] * parts.num_workers)
-        self._saved: deque[tuple[int, list[Any]]] = deque([first], maxlen=3)
+        self._saved: deque[tuple[int, list[Any]]] = deque([first], maxlen=2)

@@ -187,11 +187,13 @@ def check_probability(**probabilities: float) -> None:
 
 
 def check_size(**sizes: int) -> None:
-    """Refuse sizes below 1 by their names.
+    """Refuse sizes below 1, and beyond what torch can count, by their names.
 
     Raises:
-        ValueError: If one of them is below 1.
+        ValueError: If one of them is.
     """
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if value >= 2**63:
+            raise ValueError(f"{name} must be below 2**63, got {value}")

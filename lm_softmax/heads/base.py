@@ -71,6 +71,10 @@ class OutputHead(nn.Module, ABC):
             raise ValueError(
                 f"ignore_index must not be a word's id, got {ignore_index} in [0, {vocab_size})"
             )
+        if not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(
+                f"ignore_index must fit into 64 bits as targets do, got {ignore_index}"
+            )
         if counts is not None:
             _check_counts(counts, vocab_size)
         self.hidden_size = hidden_size

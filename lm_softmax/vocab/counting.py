@@ -96,6 +96,7 @@ class SymbolCounter:
             chosen = _candidates(part, max_symbols, min_count)
             left_out += part.total - int(part.counts[chosen].sum())
             kept.append(Counts(part.symbols.take(pa.array(chosen)), part.counts[chosen]))
+        self._num_files = 0
         symbols = pa.concat_arrays([part.symbols for part in kept])
         counts = np.concatenate([part.counts for part in kept])
         del kept, part

@@ -112,3 +112,11 @@ def test_tying_to_another_shape_is_refused(embedding):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FullSoftmax(4, 9, **options)
+
+
+@pytest.mark.parametrize("index", [0, 8, 2**63, -(2**63) - 1])
+def test_the_index_to_ignore_is_no_word_and_fits_into_targets(index):
+    with pytest.raises(ValueError, match=f"ignore_index must .* got {index}"):
+        FullSoftmax(4, 9, ignore_index=index)
+    for allowed in (-1, 9, 2**63 - 1):
+        FullSoftmax(4, 9, ignore_index=allowed)

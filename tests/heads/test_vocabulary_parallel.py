@@ -106,6 +106,28 @@ def check_chunks(name, mesh):
     sharded_kernel.chunk_rows = before
 
 
+def check_without_reads(name, mesh):
+    """As on a GPU, where nobody looks at the targets to leave rows out."""
+    before, sharded_kernel.reads_are_cheap = sharded_kernel.reads_are_cheap, lambda _: False
+    check_gradients(name, mesh, [torch.float64], ["mean", "none"])
+    sharded_kernel.reads_are_cheap = before
+
+
+def check_scaled(name, mesh):
+    """fp16 under a GradScaler, whose factor is beyond what fp16 holds."""
+    whole, hidden, target = problem(CASES[name], torch.float32)
+    sharded = copy.deepcopy(whole)
+    shard_vocabulary(sharded, mesh)
+    gradients = []
+    for head in (whole, sharded):
+        own = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16):
+            loss = head.loss(own, target, reduction="sum")
+        (2.0**17 * loss).backward()
+        gradients.append(own.grad / 2.0**17)
+    assert_close(*gradients, rtol=1e-2, atol=1e-2)
+
+
 def check_search(name, mesh):
     """Top words and draws; scaled logits make ties and certainties."""
     whole, hidden, _ = problem(CASES[name], torch.float32)
@@ -253,6 +275,8 @@ CHECKS = [
     check_meta,
     check_gradients,
     check_chunks,
+    check_without_reads,
+    check_scaled,
     check_search,
     check_draws,
     check_low_precision,

@@ -63,7 +63,8 @@ def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) ->
 
     Raises:
         ValueError: If the optimizer, or an option of it, does not go with sparse gradients, or it
-            takes no others and there are others; or its steps are to be differentiable.
+            takes no others and there are others; its steps are to be differentiable, or by a
+            number beyond float32.
     """
     kind, known = type(optimizer).__name__, set(sparse.values())
     if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
@@ -89,6 +90,13 @@ def check_optimizer(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter]) ->
                     f" {listed(sparse)}: set model.optimizer.init_args.{option} to"
                     f" {'false' if value is True else 0}, or sparse to false"
                 )
+    largest = torch.finfo(torch.float32).max
+    for option, value in (pair for group in optimizer.param_groups for pair in group.items()):
+        if isinstance(value, float) and largest < abs(value) < float("inf"):
+            raise ValueError(
+                f"{kind} cannot step by {option}={value}, which float32 does not hold: set"
+                f" model.optimizer.init_args.{option} within {largest:.3g}"
+            )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"{kind} with differentiable=True does not step parameters that are trained: set"

@@ -265,7 +265,8 @@ def main():
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-")) / "inputs"  # a path of ".." is not all of /tmp
+    folder.mkdir()
     os.chdir(folder)
     prepare(folder)
     if not options.keep_going:

@@ -315,6 +315,14 @@ def test_other_optimizers_and_groups_without_sparse_gradients_pass():
     gradients.check_optimizer(torch.optim.Adagrad(groups), sparse)
 
 
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "eps"])
+def test_numbers_beyond_float32_are_refused(option):
+    parameter = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=rf"Adam cannot step by {option}=1e\+300"):
+        gradients.check_optimizer(torch.optim.Adam([parameter], **{option: 1e300}), {})
+    gradients.check_optimizer(torch.optim.Adam([parameter], **{option: 1e38}), {})
+
+
 def test_names_a_few_of_many():
     sparse = {str(i): nn.Parameter(torch.zeros(1)) for i in range(5)}
     optimizer = torch.optim.Adam(sparse.values())

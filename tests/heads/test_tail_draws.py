@@ -10,6 +10,7 @@ from test_contract import chi_square
 from test_sampling import fits, problem
 from torch.testing import assert_close
 
+from lm_softmax.heads import AdaptiveSoftmax
 from lm_softmax.kernels import kept, tail_draws, two_stage
 
 NUM_WORDS, WIDTH = 400, 5
@@ -39,15 +40,18 @@ def few_proposals(monkeypatch):
     monkeypatch.setattr(tail_draws, "MISSED", 0.01)
 
 
+@pytest.mark.parametrize("width", [1, WIDTH])  # of one number: the bound is reached
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("few", [True, False])
-def test_accepted_words_have_the_distribution_of_the_cluster(with_bias, few, monkeypatch):
+def test_accepted_words_have_the_distribution_of_the_cluster(width, with_bias, few, monkeypatch):
     if few:
         few_proposals(monkeypatch)
     weight, bias = cluster()
+    weight = (1 + (weight - 1) * torch.linspace(0, 3, NUM_WORDS).unsqueeze(1))[:, :width]
     bias = bias if with_bias else None
-    rows = torch.randn(3, WIDTH, dtype=torch.float64)
-    row = torch.arange(3).repeat(20_000)
+    rows = torch.tensor([0.9, 0.4, -0.7], dtype=torch.float64).unsqueeze(1)
+    rows = rows * torch.ones(width) / width**0.5
+    row = torch.arange(3).repeat(100_000)
     found = rejected(rows, row, weight, bias)
     missed = (found < 0).double().mean()
     assert missed > 0.1 if few else missed < 0.01
@@ -92,11 +96,24 @@ def test_one_row_at_a_time():
     assert chi_square(drawn, head.log_prob(hidden[0]).exp()) > 1e-4
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 20}], ids=str)
-def test_of_the_plain_distribution_alone(options, monkeypatch):
-    monkeypatch.setattr(two_stage, "draw_by_rejection", None)
-    head, hidden = problem(adaptive(0.2, 0.5), num_rows=10)
-    head.sample(hidden, **options)
+def test_what_is_left_is_drawn_for_its_own_row(monkeypatch):
+    few_proposals(monkeypatch)
+    head, _ = problem(adaptive(0.1, 0.2), vocab_size=60, scale=0.2)
+    hidden = 4 * torch.eye(6, dtype=torch.float64)[:3]
+    drawn = head.sample(hidden, 30_000, generator=torch.Generator().manual_seed(2))
+    for row, words in zip(hidden, drawn, strict=True):
+        assert chi_square(words, head.log_prob(row).exp()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("softcap", "temperature", "asked"), [(None, 1.0, True), (None, 0.7, False), (2.0, 1.0, False)]
+)
+def test_of_the_plain_distribution_alone(softcap, temperature, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(two_stage, "draw_by_rejection", lambda *_: calls.append(1))
+    head = AdaptiveSoftmax(6, 50, cutoffs=[10, 20], softcap=softcap)
+    head.sample(torch.randn(500, 6), temperature=temperature)
+    assert bool(calls) == asked
 
 
 def test_equal_generators_draw_equal_words():
@@ -117,6 +134,9 @@ def test_changed_weights_are_noticed():
     drawn = rejected(rows, row, weight, bias)
     expected = F.linear(rows[0], weight, bias).softmax(0)
     assert chi_square(drawn[drawn >= 0], expected) > 1e-4
+    assert kept.derived_from(weight, bias)
+    weight[0, 1] += 1  # none of the entries that are compared
+    assert kept.derived_from(weight, bias) == {}
 
 
 @pytest.mark.parametrize("length", [0.0, 60.0, 1e31, torch.inf, torch.nan])

@@ -139,9 +139,11 @@ class LanguageModel(LightningModule):
         """Makes the strategy expect sparse gradients, before it wraps the model.
 
         Raises:
-            ValueError: If the strategy cannot train this model.
+            ValueError: If the strategy cannot train this model, or not a single batch is a step.
         """
         parallel.check(self.head, self.encoder, self.trainer)
+        if (accumulated := self.trainer.accumulate_grad_batches) < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1: {accumulated}")
         if stage == "fit":
             replicas.prepare(self, self.trainer.strategy)
 

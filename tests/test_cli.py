@@ -452,6 +452,8 @@ def test_null_is_refused_where_it_means_nothing(options, message, place):
             [f"--model.encoder.hidden_size={10**30}"],
             f"hidden_size must be below 2**63, got {10**30}",
         ),
+        (["--model.encoder.num_layers=2147483648"], "num_layers must be at most 10,000, got"),
+        (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1: 0"),
         ([f"--model.encoder.embedding_size={10**30}"], "embedding_size must be below 2**63, got"),
         (["--model.encoder.output_dropout=2"], "output_dropout is a probability in [0, 1), got 2"),
         (

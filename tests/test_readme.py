@@ -70,7 +70,7 @@ def test_the_two_commands_are_there():
     lines = [line for line in DOCUMENTS[0].read_text().splitlines() if line.startswith("pip ")]
     assert lines[:2] == [
         'pip install -c constraints.txt -e ".[train]" && python train.py',
-        'pip install -c constraints.txt -e ".[dev]" && pytest -n 2',
+        'pip install -c constraints.txt -e ".[dev]" && pytest -n 2 --dist loadfile',
     ]
 
 

@@ -12,6 +12,8 @@ State: TypeAlias = "Tensor | tuple[State, ...] | None"
 Cache: TypeAlias = Any  # of one kind of encoder: only itself looks inside
 EmbeddingFactory: TypeAlias = Callable[[int, int, Tensor | None], nn.Module]
 
+MOST_LAYERS = 10_000
+
 
 class Encoder(nn.Module, ABC):
     """Turns `(batch, time)` token ids into hidden vectors; position t sees tokens 0 to t alone.
@@ -187,7 +189,7 @@ def check_probability(**probabilities: float) -> None:
 
 
 def check_size(**sizes: int) -> None:
-    """Refuse sizes below 1, and beyond what torch can count, by their names.
+    """Refuse sizes below 1, beyond what torch can count, or layers without end, by their names.
 
     Raises:
         ValueError: If one of them is.
@@ -197,3 +199,5 @@ def check_size(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
         if value >= 2**63:
             raise ValueError(f"{name} must be below 2**63, got {value}")
+        if name == "num_layers" and value > MOST_LAYERS:  # they are made one by one
+            raise ValueError(f"{name} must be at most {MOST_LAYERS:,}, got {value}")

@@ -63,10 +63,9 @@ def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 def linear_into(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) -> None:
     """`out = F.linear(left, rows, bias)`; without a bias `out` may be of a wider dtype."""
     if _goes_by_columns(left, rows):
-        if left.shape[0] == 1:  # one column is slower than two
-            found = torch.mm(rows, torch.cat([left, left]).t()).t()[:1]
-        else:
-            found = torch.mm(rows, left.t()).t()
+        columns = torch.cat([left, left]) if left.shape[0] == 1 else left  # one is slower than two
+        found = workspace("columns", (rows.shape[0], columns.shape[0]), left, left.dtype)
+        found = torch.mm(rows, columns.t(), out=found).t()[: left.shape[0]]
         out.copy_(found) if bias is None else torch.add(found, bias, out=out)
     elif bias is None:
         multiply(out, left, rows.t())

@@ -1,6 +1,8 @@
 """Words of a large cluster drawn by rejection: the distribution, what is kept, when it is left."""
 
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from cases import adaptive
 from test_contract import chi_square
 from test_sampling import fits, problem
+from torch import nn
 from torch.testing import assert_close
 
 from lm_softmax.heads import AdaptiveSoftmax
@@ -19,16 +22,17 @@ NUM_WORDS, WIDTH = 400, 5
 @pytest.fixture(autouse=True)
 def _of_any_size(monkeypatch):
     monkeypatch.setattr(tail_draws, "MIN_WORDS", 1)
-    monkeypatch.setattr(tail_draws, "MOST_PROPOSALS", 10**8)
+    monkeypatch.setattr(tail_draws, "MOST_VALUES", 10**10)
 
 
 def cluster(scale=0.2, dtype=torch.float64):
     torch.manual_seed(5)
     weight = torch.randn(NUM_WORDS, WIDTH, dtype=dtype) * scale
     bias = torch.randn(NUM_WORDS, dtype=dtype)
-    return weight + 1, bias  # rows that are not centred
+    return nn.Parameter(weight + 1), nn.Parameter(bias)  # rows that are not centred
 
 
+@torch.no_grad()
 def rejected(rows, row, weight, bias, seed=0):
     return tail_draws.draw_by_rejection(
         rows, row, weight, bias, torch.Generator().manual_seed(seed)
@@ -37,7 +41,7 @@ def rejected(rows, row, weight, bias, seed=0):
 
 def few_proposals(monkeypatch):
     """So that some draws are left without a word."""
-    monkeypatch.setattr(tail_draws, "MISSED", 0.01)
+    monkeypatch.setattr(tail_draws, "LOG_MISSED", 0.01)
 
 
 @pytest.mark.parametrize("width", [1, WIDTH])  # of one number: the bound is reached
@@ -47,7 +51,8 @@ def test_accepted_words_have_the_distribution_of_the_cluster(width, with_bias, f
     if few:
         few_proposals(monkeypatch)
     weight, bias = cluster()
-    weight = (1 + (weight - 1) * torch.linspace(0, 3, NUM_WORDS).unsqueeze(1))[:, :width]
+    spread = torch.linspace(0, 3, NUM_WORDS).unsqueeze(1)
+    weight = nn.Parameter((1 + (weight.detach() - 1) * spread)[:, :width].clone())
     bias = bias if with_bias else None
     rows = torch.tensor([0.9, 0.4, -0.7], dtype=torch.float64).unsqueeze(1)
     rows = rows * torch.ones(width) / width**0.5
@@ -66,7 +71,7 @@ def test_as_many_are_accepted_as_is_promised():
     rows = torch.randn(1, WIDTH, dtype=torch.float64)
     row = torch.zeros(5000, dtype=torch.int64)
     missed = (rejected(rows, row, weight, bias) < 0).double().mean()
-    assert missed < 3 * torch.exp(torch.tensor(-tail_draws.MISSED))
+    assert missed < 3 * torch.exp(torch.tensor(-tail_draws.LOG_MISSED))
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -129,14 +134,48 @@ def test_changed_weights_are_noticed():
     rows = torch.randn(1, WIDTH, dtype=torch.float64)
     row = torch.zeros(20_000, dtype=torch.int64)
     rejected(rows, row, weight, bias)
-    weight.mul_(-1.5)
-    bias[7] += 2
+    with torch.no_grad():
+        weight.mul_(-1.5)
+        bias[7] += 2
     drawn = rejected(rows, row, weight, bias)
     expected = F.linear(rows[0], weight, bias).softmax(0)
     assert chi_square(drawn[drawn >= 0], expected) > 1e-4
     assert kept.derived_from(weight, bias)
-    weight[0, 1] += 1  # none of the entries that are compared
+    with torch.no_grad():
+        weight[0, 1] += 1  # none of the entries that are compared
     assert kept.derived_from(weight, bias) == {}
+
+
+def test_biases_written_through_data_are_noticed():
+    weight, bias = cluster()
+    rows, row = torch.full((1, WIDTH), 0.3).double(), torch.zeros(20_000, dtype=torch.int64)
+    bias.data[7] = 4.0
+    assert (rejected(rows, row, weight, bias) == 7).any()
+    bias.data[7] = -torch.inf
+    assert not (rejected(rows, row, weight, bias) == 7).any()
+    bias.data[9] = 9.0
+    assert (rejected(rows, row, weight, bias) == 9).double().mean() > 0.9
+
+
+def test_threads_share_a_cluster(monkeypatch):
+    """Each with lengths that push out those of others."""
+    monkeypatch.setattr(tail_draws, "MOST_KEPT", 2)
+    weight, bias = cluster()
+    row = torch.zeros(1, dtype=torch.int64)
+    lengths = [2 ** (i / 2 - 2) for i in range(8)]
+
+    def draw(seed):
+        for i in range(100):
+            rows = torch.full((1, WIDTH), lengths[(seed + i) % 8], dtype=torch.float64)
+            rejected(rows, row, weight, bias)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(draw, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("length", [0.0, 60.0, 1e31, torch.inf, torch.nan])
@@ -151,43 +190,49 @@ def test_what_cannot_be_kept_or_is_rounded_is_left(monkeypatch):
     weight, bias = cluster(dtype=torch.float32)
     rows, row = torch.full((1, WIDTH), 0.3), torch.zeros(1, dtype=torch.int64)
     assert rejected(rows, row, weight, bias) is not None
-    low = [tensor.bfloat16() for tensor in (rows, weight, bias)]
+    low = [rows.bfloat16(), *(nn.Parameter(each.detach().bfloat16()) for each in (weight, bias))]
     assert rejected(low[0], row, *low[1:]) is None
+    assert rejected(rows, row, weight * 1, bias) is None  # made anew for each call
     with torch.inference_mode():
-        assert rejected(rows, row, weight.clone(), bias) is None
+        made = nn.Parameter(weight.clone())
+        assert rejected(rows, row, made, bias) is None
         inside = rejected(rows, row, weight, bias)
     assert_close(inside, rejected(rows, row, weight, bias))
     monkeypatch.setattr(tail_draws, "MIN_WORDS", NUM_WORDS + 1)
     assert rejected(rows, row, weight, bias) is None
     monkeypatch.setattr(tail_draws, "MIN_WORDS", NUM_WORDS)
-    monkeypatch.setattr(tail_draws, "MOST_PROPOSALS", 3)
+    monkeypatch.setattr(tail_draws, "MOST_VALUES", WIDTH)
     assert rejected(rows, row, weight, bias) is None
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers_are_left_to_the_sum(value):
     weight, bias = cluster()
-    bias[3] = value
+    bias.data[3] = value
     rows, row = torch.randn(1, WIDTH, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     assert rejected(rows, row, weight, bias) is None
 
 
 def test_forbidden_words_are_never_drawn():
     weight, bias = cluster()
-    bias[::2] = -torch.inf
+    bias.data[::2] = -torch.inf
     rows = torch.randn(1, WIDTH, dtype=torch.float64)
     drawn = rejected(rows, torch.zeros(9000, dtype=torch.int64), weight, bias)
     assert (drawn[drawn >= 0] % 2 == 1).all()
 
 
-def test_few_running_sums_are_kept():
-    weight, bias = cluster(0.05)
+def test_few_running_sums_are_kept(monkeypatch):
+    monkeypatch.setattr(tail_draws, "MOST_KEPT", 2)
+    weight, bias = cluster()
     row = torch.zeros(1, dtype=torch.int64)
     gc.collect()
-    before = len(kept._entries)
-    for length in torch.linspace(0.1, 3, 40):
+    before, seen = len(kept._entries), set()
+    for length in torch.linspace(0.01, 9, 90):
         rejected(torch.full((1, WIDTH), length.item(), dtype=torch.float64), row, weight, bias)
-    assert len(kept._entries[weight].derived["draws"].proposals) == tail_draws.MOST_KEPT
+        proposals = kept._entries[weight].derived["draws"].proposals
+        seen |= proposals.keys()
+        assert sum(each.running is not None for each in proposals.values()) <= 2
+    assert len(seen) > 5  # of which the long ones have no sums
     assert len(kept._entries) == before + 1
     del weight
     assert len(kept._entries) == before

@@ -135,6 +135,7 @@ def test_head_overlay_is_complete(overlay):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo needs POSIX")
+@pytest.mark.slow
 def test_parallel_overlays_train_on_two_processes(tiny):
     assert sorted(path.stem for path in (CONFIGS / "parallel").glob("*.yaml")) == sorted(PARALLEL)
     with socket.socket() as free:

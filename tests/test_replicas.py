@@ -202,6 +202,7 @@ def average_all(rank, port, size):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_average_is_that_of_dense_gradients():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

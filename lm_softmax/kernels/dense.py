@@ -122,18 +122,17 @@ def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Ten
     start, in_parts = 0, reads_are_cheap(inputs) and inputs.shape[0] >= BLOCK_ROWS
     for block in matrix.blocks:  # one by one: those of a product code share their memory
         for rows in torch.split(block, WORD_BLOCK) if in_parts else (block,):
-            stop = start + rows.shape[0]
-            part, bias = out, matrix.bias
-            if rows.shape[0] != out.shape[1]:
-                part = out[:, start:stop]
-                bias = None if bias is None else bias[start:stop]
+            part, bias, num_words = out, matrix.bias, rows.shape[0]
+            if num_words != out.shape[1]:  # narrow takes half as long as an index
+                part = out.narrow(1, start, num_words)
+                bias = None if bias is None else bias.narrow(0, start, num_words)
             if bias is not None and rows.dtype == out.dtype:
                 products.linear_into(part, inputs, rows, bias.to(out.dtype))
             else:
                 products.linear_into(part, inputs, rows, None)
                 if bias is not None:
                     part.add_(bias)
-            start = stop
+            start += num_words
     return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
 

@@ -36,6 +36,8 @@ class Draws(NamedTuple):
 
     def rows(self, like: Tensor) -> Tensor:
         """The row of each draw from `(N, ...)`, `(N * num_samples,)`."""
+        if like.shape[0] == 1:
+            return like.new_zeros(self.num_samples, dtype=torch.int64)
         each = torch.arange(like.shape[0], device=like.device)
         return each if self.num_samples == 1 else each.repeat_interleave(self.num_samples)
 

@@ -109,7 +109,7 @@ def _cluster(weight: Tensor, bias: Tensor | None) -> _Cluster | None:
     if kept is None:
         return None
     found: _Cluster | None = kept.get("draws")
-    if found is None or (bias is not None and not torch.equal(bias, found.bias)):
+    if found is None or not (bias is None or torch.equal(bias.to(found.bias.dtype), found.bias)):
         with torch.inference_mode(False), torch.no_grad():
             offset, centre, distance = centred(
                 weight.detach(), None if bias is None else bias.detach()
@@ -135,7 +135,7 @@ def _proposals(cluster: _Cluster, radius: float) -> _Proposals:
         else:
             found = _Proposals(bounds.sub_(bounds.amax()).exp_().cumsum_(0), accepted)
             sums = [key for key, one in list(cluster.proposals.items()) if one.running is not None]
-            for key in sums[: len(sums) + 1 - MOST_KEPT]:
+            for key in sums[: max(0, len(sums) + 1 - MOST_KEPT)]:
                 cluster.proposals.pop(key, None)
     cluster.proposals[radius] = found
     return found

@@ -190,6 +190,9 @@ def test_what_cannot_be_kept_or_is_rounded_is_left(monkeypatch):
     weight, bias = cluster(dtype=torch.float32)
     rows, row = torch.full((1, WIDTH), 0.3), torch.zeros(1, dtype=torch.int64)
     assert rejected(rows, row, weight, bias) is not None
+    mixed = [nn.Parameter(each.detach().bfloat16()) for each in (weight, bias)]
+    for _ in range(2):
+        assert rejected(rows, row, *mixed) is not None
     low = [rows.bfloat16(), *(nn.Parameter(each.detach().bfloat16()) for each in (weight, bias))]
     assert rejected(low[0], row, *low[1:]) is None
     assert rejected(rows, row, weight * 1, bias) is None  # made anew for each call
@@ -221,17 +224,20 @@ def test_forbidden_words_are_never_drawn():
     assert (drawn[drawn >= 0] % 2 == 1).all()
 
 
-def test_few_running_sums_are_kept(monkeypatch):
-    monkeypatch.setattr(tail_draws, "MOST_KEPT", 2)
+@pytest.mark.parametrize("most", [2, 4, 8])
+def test_few_running_sums_are_kept(most, monkeypatch):
+    monkeypatch.setattr(tail_draws, "MOST_KEPT", most)
     weight, bias = cluster()
     row = torch.zeros(1, dtype=torch.int64)
     gc.collect()
-    before, seen = len(kept._entries), set()
+    before, seen, with_sums = len(kept._entries), set(), set()
     for length in torch.linspace(0.01, 9, 90):
         rejected(torch.full((1, WIDTH), length.item(), dtype=torch.float64), row, weight, bias)
         proposals = kept._entries[weight].derived["draws"].proposals
         seen |= proposals.keys()
-        assert sum(each.running is not None for each in proposals.values()) <= 2
+        sums = [each.running is not None for each in proposals.values()]
+        with_sums |= {key for key, each in proposals.items() if each.running is not None}
+        assert sum(sums) == min(most, len(with_sums))
     assert len(seen) > 5  # of which the long ones have no sums
     assert len(kept._entries) == before + 1
     del weight

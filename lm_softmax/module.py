@@ -142,10 +142,11 @@ class LanguageModel(LightningModule):
             ValueError: If the strategy cannot train this model, or not a single batch is a step.
         """
         parallel.check(self.head, self.encoder, self.trainer)
+        if stage != "fit":
+            return
         if (accumulated := self.trainer.accumulate_grad_batches) < 1:
             raise ValueError(f"trainer.accumulate_grad_batches must be at least 1: {accumulated}")
-        if stage == "fit":
-            replicas.prepare(self, self.trainer.strategy)
+        replicas.prepare(self, self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Deals the parameters to the devices of a `ModelParallelStrategy`."""

@@ -22,7 +22,7 @@ GREEDY, TOP, SAMPLING = "greedy", f"top-{MOST}", "sampling"
 TASKS = (GREEDY, TOP, SAMPLING)
 HEAD, NAIVE = "head", "naive"
 SIDES = (HEAD, NAIVE)
-TIMED_ROWS = 16  # at least, of one task of a round
+TIMED_ROWS, TIMED_CALLS = 64, 4  # at least, one after another as when text is made
 CHECKED_ROWS, CHECKED_DRAWS, MOST_SIGMAS = 32, 512, 6.0
 Call = Callable[[OutputHead, Tensor, torch.Generator], object]
 Key = tuple[int, str]  # batch size, task
@@ -230,7 +230,7 @@ def _time(result: Result, trial: Trial, number: int, *, counts: bool) -> None:
 
 
 def _batches(hidden: Tensor, batch_size: int, number: int) -> list[Tensor]:
-    num_calls = max(1, TIMED_ROWS // batch_size)
+    num_calls = max(TIMED_CALLS, TIMED_ROWS // batch_size)
     size = num_calls * batch_size
     places = (torch.arange(size, device=hidden.device) + number * size) % len(hidden)
     return list(torch.split(hidden[places], batch_size))

@@ -206,7 +206,7 @@ class AdaptiveSoftmax(ClusteredHead):
 
 def _listed(parameters: nn.ParameterList, num: int) -> list[Tensor]:
     """`list(parameters)`, whose checks at each place take a tenth of the time of a token."""
-    found = [parameters._parameters.get(str(i)) for i in range(num)]
+    own: dict[str, Any] = parameters._parameters
     return [  # one with a parametrization is an attribute
-        getattr(parameters, str(i)) if one is None else one for i, one in enumerate(found)
+        own[name] if name in own else getattr(parameters, name) for name in map(str, range(num))
     ]

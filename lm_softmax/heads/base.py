@@ -187,7 +187,8 @@ class OutputHead(nn.Module, ABC):
             found = self._best(rows, top_k)
             place = draw_from_table(found.log_probs, draws)
             return found.indices.gather(1, place).view(shape)
-        return self._draw(rows, draws).view(shape)
+        drawn = self._draw(rows, draws)
+        return drawn if drawn.shape == shape else drawn.view(shape)
 
     def _draw(self, rows: Tensor, draws: Draws) -> Tensor:
         """Ids `(N, num_samples)` drawn from all words; whatever is cheaper overrides it."""

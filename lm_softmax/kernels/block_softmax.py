@@ -91,9 +91,8 @@ def block_losses(
         scale: `(N,)`; None is one.
     """
     num_rows, dtype = inputs.shape[0], accumulation_dtype(inputs.dtype)
-    filling = products.filled_up(inputs) - num_rows
-    if filling:  # by the last row, which is as finite as itself
-        inputs = torch.cat([inputs, inputs[-1:].expand(filling, -1)])
+    inputs = products.fill_up(inputs)
+    if filling := inputs.shape[0] - num_rows:
         target = torch.cat([target, target[-1:].expand(filling)])
     blocks, softcap = cut(matrix, inputs.shape[0]), objective.softcap
     size = (1, inputs.shape[0] * matrix.num_rows)

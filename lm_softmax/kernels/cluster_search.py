@@ -17,9 +17,10 @@ from lm_softmax.kernels.dense import (
     Matrix,
     accumulation_dtype,
     autocast_off,
+    dense_logits,
     product_dtype,
 )
-from lm_softmax.kernels.dense_search import dense_logits, dense_topk
+from lm_softmax.kernels.dense_search import dense_topk
 from lm_softmax.kernels.ranking import BLOCK, by_value_and_id, merge_topk, wide_topk
 from lm_softmax.kernels.tail_bounds import TailBounds, tail_bounds
 

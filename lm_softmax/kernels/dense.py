@@ -14,9 +14,8 @@ from lm_softmax.kernels.workspace import aligned_rows, reads_are_cheap, workspac
 
 CHUNK_BYTES = 64 * 2**20  # of logits: smaller chunks make the matrix products slower
 MIN_CHUNK_ROWS = 64  # below this the matrix products are bound by reading the weights
-WORD_BLOCK = 2048  # a product into 100,000 columns at once takes a CPU 1.5 times as long
-BLOCK_ROWS = 48  # products of fewer rows, as of text in the making, take half as long undivided
 TILE_ROWS = 128  # of a matrix product on a GPU: a chunk that ends inside of one wastes the rest
+FEW_LOGITS = 2**16  # that as few calls as can be are the fastest way to
 UNDERFLOW = 1e-30  # a float32 probability below this no longer tells its logarithm
 
 
@@ -67,8 +66,9 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     float64 stays what it is. fp16 becomes float32 on a CPU, which multiplies it 2 to 10 times
     slower (operands 512 and 32 wide).
     """
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    device = hidden.device.type
+    dtype, device = hidden.dtype, hidden.device.type
+    if dtype != weight.dtype:
+        dtype = torch.promote_types(dtype, weight.dtype)
     if _autocasts(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
@@ -117,22 +117,33 @@ def chunk_rows(
     return max(-(-num_rows // max(-(-num_rows // most), 1)), 1)
 
 
+def dense_logits(rows: Tensor, matrix: Matrix, softcap: float | None) -> Tensor:
+    """Logits that may be overwritten; products are of the dtype of `rows`."""
+    dtype, num_words = accumulation_dtype(rows.dtype), matrix.num_rows
+    matrix = Matrix([block.to(rows.dtype) for block in matrix.blocks], matrix.bias)
+    if rows.dtype == dtype and rows.shape[0] * num_words <= FEW_LOGITS:
+        logits = products.few_linear(rows, matrix.blocks, matrix.bias)
+        if logits is not None:
+            return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    out = workspace("logits", (rows.shape[0], num_words), rows, dtype)
+    return chunk_logits(rows, matrix, softcap, out)
+
+
 def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Tensor) -> Tensor:
     """Logits of a chunk written into `out`."""
-    start, in_parts = 0, reads_are_cheap(inputs) and inputs.shape[0] >= BLOCK_ROWS
+    start = 0
     for block in matrix.blocks:  # one by one: those of a product code share their memory
-        for rows in torch.split(block, WORD_BLOCK) if in_parts else (block,):
-            part, bias, num_words = out, matrix.bias, rows.shape[0]
-            if num_words != out.shape[1]:  # narrow takes half as long as an index
-                part = out.narrow(1, start, num_words)
-                bias = None if bias is None else bias.narrow(0, start, num_words)
-            if bias is not None and rows.dtype == out.dtype:
-                products.linear_into(part, inputs, rows, bias.to(out.dtype))
-            else:
-                products.linear_into(part, inputs, rows, None)
-                if bias is not None:
-                    part.add_(bias)
-            start += num_words
+        part, bias, num_words = out, matrix.bias, block.shape[0]
+        if num_words != out.shape[1]:  # narrow takes half as long as an index
+            part = out.narrow(1, start, num_words)
+            bias = None if bias is None else bias.narrow(0, start, num_words)
+        if bias is not None and block.dtype == out.dtype:
+            products.linear_into(part, inputs, block, bias.to(out.dtype))
+        else:
+            products.linear_into(part, inputs, block, None)
+            if bias is not None:
+                part.add_(bias)
+        start += num_words
     return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
 

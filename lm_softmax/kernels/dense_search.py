@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm_softmax.kernels.dense import Matrix, accumulation_dtype, chunk_logits
+from lm_softmax.kernels.dense import Matrix, accumulation_dtype, dense_logits
 from lm_softmax.kernels.ranking import BLOCK, block_maxima, by_value_and_id, merge_topk, wide_topk
-from lm_softmax.kernels.workspace import workspace
 
 SEARCH_BYTES = 2**22  # of logits that are looked through at once: they stay in the cache
 SEARCH_ROWS = 256  # of hidden vectors at most that share a chunk of words
@@ -72,14 +71,6 @@ def chunk_words(num_rows: int, dtype: torch.dtype) -> int:
     """Words per chunk."""
     size = SEARCH_BYTES // (dtype.itemsize * max(num_rows, 1))
     return max(size // BLOCK * BLOCK, 16 * BLOCK)
-
-
-def dense_logits(rows: Tensor, matrix: Matrix, softcap: float | None) -> Tensor:
-    """Logits in the work buffer; products are of the dtype of `rows`."""
-    shape = rows.shape[0], matrix.num_rows
-    out = workspace("logits", shape, rows, accumulation_dtype(rows.dtype))
-    blocks = [block.to(rows.dtype) for block in matrix.blocks]
-    return chunk_logits(rows, Matrix(blocks, matrix.bias), softcap, out)
 
 
 def best_of_chunks(chunks: Iterable[Tensor], rows: Tensor, k: int) -> Best:

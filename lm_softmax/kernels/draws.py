@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm_softmax.kernels.dense import Matrix, accumulation_dtype, chunk_logits
-from lm_softmax.kernels.workspace import workspace
+from lm_softmax.kernels.dense import Matrix, dense_logits
 
 PART = 64  # words whose weights are summed first, and searched last
 BLOCK_BYTES = 2**22  # of logits that are made at once: they stay in the cache
@@ -65,10 +64,8 @@ def matrix_words(inputs: Tensor, matrix: Matrix, softcap: float | None) -> Words
     """The softmax of `inputs`, which are in the dtype of the products, over a matrix's rows."""
 
     def logits(part: slice) -> Tensor:
-        shape, dtype = (inputs.shape[0], part.stop - part.start), accumulation_dtype(inputs.dtype)
-        some = matrix if shape[1] == matrix.num_rows else _cut(matrix, part)
-        some = some._replace(blocks=[block.to(inputs.dtype) for block in some.blocks])
-        return chunk_logits(inputs, some, softcap, workspace("logits", shape, inputs, dtype))
+        whole = part.stop - part.start == matrix.num_rows
+        return dense_logits(inputs, matrix if whole else _cut(matrix, part), softcap)
 
     return Words(inputs.shape[0], matrix.num_rows, logits)
 

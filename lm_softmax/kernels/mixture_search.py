@@ -12,8 +12,8 @@ Few are left, and only their words are mixed.
 import torch
 from torch import Tensor
 
-from lm_softmax.kernels.dense import Matrix, accumulation_dtype, autocast_off
-from lm_softmax.kernels.dense_search import Normaliser, chunk_words, dense_logits, normaliser
+from lm_softmax.kernels.dense import Matrix, accumulation_dtype, autocast_off, dense_logits
+from lm_softmax.kernels.dense_search import Normaliser, chunk_words, normaliser
 from lm_softmax.kernels.mixture import Mixture
 from lm_softmax.kernels.ranking import BLOCK, block_maxima, wide_topk
 

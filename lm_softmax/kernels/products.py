@@ -1,16 +1,24 @@
 """Matrix products: which library makes them, and sums wider than their operands."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lm_softmax.kernels.workspace import workspace
 
-FEW_ROWS = 8  # that MKL multiplies sooner as columns, where it is slow
-WIDE = 96  # from which on it does so with one
-MANY_WEIGHTS = 2**15  # for which the calls around that are worth it
+WORD_BLOCK = 2048  # a product into 100,000 columns at once takes MKL 1.5 times as long
+BLOCK_ROWS = 48  # products of fewer rows, as of text in the making, take half as long undivided
+# Where MKL is slow:
+FEW_VALUES = 2**11  # of up to FEW_ROWS rows that it multiplies sooner as columns
+FEW_ROWS = 8
+WIDE = 96  # a single row that it does so
+NARROW = 64  # rows that it multiplies well, unless they are BLOCK_ROWS
+SOME_WEIGHTS, MANY_WEIGHTS = 2**18, 2**20  # for which columns and oneDNN are worth their calls
 FP16_GAIN = 256.0  # lifts small probabilities out of fp16's subnormals; undone in float32
 
 
@@ -61,44 +69,86 @@ def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 def linear_into(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-    """`out = F.linear(left, rows, bias)`; without a bias `out` may be of a wider dtype."""
-    if _goes_by_columns(left, rows):
-        columns = torch.cat([left, left]) if left.shape[0] == 1 else left  # one is slower than two
+    """`out = F.linear(left, rows, bias)`; without a bias `out` may be of a wider dtype.
+
+    Milliseconds on two Zen 4 cores, of MKL, oneDNN, and as columns (one row as two equal ones):
+
+        60,000 x 256    1 row 10.2, 4.9, 2.7    8 rows 17.8, 8.4, 7.0    64 rows 30.2, 16.2
+        20,000 x 512    1 row 5.7, 3.0, 2.0     8 rows 11.2, 4.7, 7.1    64 rows 22.8, 10.4
+    """
+    way = _way(left, rows)
+    if way == "columns":
+        columns = torch.cat([left, left]) if left.shape[0] == 1 else left
         found = workspace("columns", (rows.shape[0], columns.shape[0]), left, left.dtype)
         found = torch.mm(rows, columns.t(), out=found).t()[: left.shape[0]]
         out.copy_(found) if bias is None else torch.add(found, bias, out=out)
-    elif bias is None:
+    elif way == "onednn":
+        out.copy_(linear(fill_up(left, FEW_ROWS), rows, bias, left.dtype)[: left.shape[0]])
+    elif left.is_cpu and left.shape[0] >= BLOCK_ROWS and rows.shape[0] > WORD_BLOCK:
+        for start in range(0, rows.shape[0], WORD_BLOCK):
+            words = slice(start, start + WORD_BLOCK)
+            _linear_by_mm(out[:, words], left, rows[words], None if bias is None else bias[words])
+    else:
+        _linear_by_mm(out, left, rows, bias)
+
+
+def _linear_by_mm(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) -> None:
+    """See `linear_into`."""
+    if bias is None:
         multiply(out, left, rows.t())
     else:
         torch.addmm(bias, left, rows.t(), out=out)
 
 
-def _goes_by_columns(left: Tensor, rows: Tensor) -> bool:
-    """Whether a tall matrix times few columns is faster than few rows times a wide one.
+def few_linear(left: Tensor, blocks: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
+    """`F.linear(left, torch.cat(blocks), bias)`, all of one dtype, by few calls.
 
-    One row times 40,000 x 256 takes 7.0 ms, two columns 1.9 ms, on two Zen 4 cores.
+    None where another way to multiply is faster.
     """
+    if any(_way(left, rows) != "mm" for rows in blocks):
+        return None
+    if bias is not None and bias.dtype != left.dtype:
+        return None
+    if len(blocks) == 1:
+        return F.linear(left, blocks[0], bias)
+    biases: Sequence[Tensor | None] = [None] * len(blocks)
+    if bias is not None:
+        biases = bias.split_with_sizes([rows.shape[0] for rows in blocks])
+    return torch.cat(list(map(F.linear, [left] * len(blocks), blocks, biases)), 1)
+
+
+def _way(left: Tensor, rows: Tensor) -> Literal["mm", "onednn", "columns"]:
+    """How `linear_into` multiplies."""
     num_rows, width = left.shape
-    if not 0 < num_rows <= FEW_ROWS or (num_rows == 1 and width < WIDE):
-        return False
-    return (
-        rows.numel() >= MANY_WEIGHTS
-        and left.is_cpu
-        and left.dtype == torch.float32
-        and _mkl_is_slow()
-    )
+    num_weights = rows.numel()
+    if num_weights < SOME_WEIGHTS or not num_rows or left.dtype != torch.float32:
+        return "mm"
+    if not (left.is_cpu and _uses_onednn()) or torch.compiler.is_compiling():
+        return "mm"
+    if num_rows == 1:
+        return "columns" if width >= WIDE else "mm"
+    if num_rows < BLOCK_ROWS and width < NARROW:
+        return "mm"
+    if num_rows <= FEW_ROWS and num_rows * width <= FEW_VALUES:
+        return "columns"
+    return "onednn" if num_rows >= BLOCK_ROWS or num_weights >= MANY_WEIGHTS else "mm"
 
 
-def filled_up(left: Tensor) -> int:
-    """As how many rows an operand of `linear` is multiplied best, its own number at least.
+def fill_up(left: Tensor, least_step: int = 1) -> Tensor:
+    """Rows that `linear` multiplies best, its own and copies of the last, as finite as itself.
 
     oneDNN makes code for each shape that it meets, in about 1 ms: so there are few of them.
+
+    Args:
+        left: `(N, width)`.
+        least_step: Their number is a multiple of it.
     """
     num_rows = left.shape[0]
-    if left.dtype != torch.float32 or not _uses_onednn():
-        return num_rows
-    step = max(2 ** (num_rows.bit_length() - 6), 1)
-    return -(-num_rows // step) * step
+    if not num_rows or left.dtype != torch.float32 or not _uses_onednn():
+        return left
+    step = max(2 ** (num_rows.bit_length() - 6), least_step)
+    filling = -num_rows % step
+    return torch.cat([left, left[-1:].expand(filling, -1)]) if filling else left
 
 
 def _uses_onednn() -> bool:

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm_softmax.kernels.clusters import Clusters
-from lm_softmax.kernels.dense import Matrix, autocast_off, product_dtype
-from lm_softmax.kernels.dense_search import dense_logits
+from lm_softmax.kernels.dense import Matrix, autocast_off, dense_logits, product_dtype
 from lm_softmax.kernels.draws import (
     COLDEST,
     MAX_ROWS,

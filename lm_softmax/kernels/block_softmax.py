@@ -215,21 +215,39 @@ def add_block_gradients(
         keep: Whether to add to those of the matrix.
     """
     inputs = derivative.inputs.to(derivative.share.dtype)
-    if gradients.hidden is not None:
-        gradients.hidden.zero_()
-    for block, part, share in zip(
-        derivative.blocks, derivative.parts, derivative.share, strict=True
+    turned = _turned(inputs) if products.is_faster_turned(inputs) else None
+    for index, (block, part, share) in enumerate(
+        zip(derivative.blocks, derivative.parts, derivative.share, strict=True)
     ):
-        if gradients.bias is not None:
-            of_bias = gradients.bias[block.words]
-            torch.addmv(of_bias, part.t(), share, beta=int(keep), out=of_bias)
         buffer = gradients.blocks[block.number]
-        if buffer is not None:
-            weighted = inputs * share.unsqueeze(1)
-            of_rows = buffer[block.rows]
-            products.accumulate(of_rows, part.t(), weighted, keep=keep, alpha=1.0)
+        of_rows = None if buffer is None else buffer[block.rows]
+        of_bias = None if gradients.bias is None else gradients.bias[block.words]
+        if of_rows is not None and turned is not None:
+            found = products.linear(turned * share, part.t(), None, part.dtype)
+            _put(of_rows, found[:-1].t(), keep)
+            _put(of_bias, found[-1], keep)
+        else:
+            if of_bias is not None:
+                torch.addmv(of_bias, part.t(), share, beta=int(keep), out=of_bias)
+            if of_rows is not None:
+                weighted = inputs * share.unsqueeze(1)
+                products.accumulate(of_rows, part.t(), weighted, keep=keep, alpha=1.0)
         if gradients.hidden is not None:
             rows = matrix[block.number][block.rows]
-            of_hidden = products.linear(part, rows.t(), None, part.dtype)
-            num_rows = gradients.hidden.shape[0]
-            gradients.hidden.addcmul_(of_hidden[:num_rows], share[:num_rows].unsqueeze(1))
+            num_rows, factor = gradients.hidden.shape[0], share.unsqueeze(1)
+            of_hidden = products.linear(part, rows.t(), None, part.dtype)[:num_rows]
+            if index:
+                gradients.hidden.addcmul_(of_hidden, factor[:num_rows])
+            else:
+                torch.mul(of_hidden, factor[:num_rows], out=gradients.hidden)
+
+
+def _turned(inputs: Tensor) -> Tensor:
+    """`(width + 1, N)`: the last row sums up the bias's gradient in the product of the others."""
+    return torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1)], 1).t().contiguous()
+
+
+def _put(out: Tensor | None, found: Tensor, keep: bool) -> None:
+    """Add what was found, or overwrite what there was."""
+    if out is not None:
+        out.add_(found) if keep else out.copy_(found)

@@ -94,7 +94,7 @@ def test_equals_the_equation(
     bias = tensor(sum(sizes)) if has_bias else None
     target = torch.randint(sum(sizes), (num_rows,), generator=draw)
     arguments = hidden, blocks, bias, target, Objective(softcap, smoothing, z_loss)
-    scale = torch.rand(num_rows, generator=draw, dtype=torch.float64)
+    scale = torch.randn(num_rows, generator=draw, dtype=torch.float64)
     losses, gradients = equation(*arguments, scale)
     own, own_gradients = found(*arguments, scale.to(dtype), num_chunks)
     close = (
@@ -124,7 +124,7 @@ def test_both_libraries_agree_with_the_equation(library, num_rows):
     """Of rows that fill a product up nothing is left."""
     hidden, blocks = torch.randn(num_rows, 6), [torch.randn(20, 6), torch.randn(2, 6)]
     bias, target = torch.randn(22), torch.randint(22, (num_rows,))
-    scale = torch.rand(num_rows)
+    scale = torch.randn(num_rows)
     expected = equation(hidden, blocks, bias, target, PLAIN, scale)
     losses, gradients = found(hidden, blocks, bias, target, PLAIN, scale)
     assert losses.shape == (num_rows,)

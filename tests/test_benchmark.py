@@ -29,8 +29,9 @@ from lm_softmax.benchmark.plot import draw
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.report import as_csv, table
 from lm_softmax.benchmark.results import Result, Spread, compare
+from lm_softmax.benchmark.steps import Apart, Here, Request, optimizer_factory
 from lm_softmax.benchmark.timing import FORWARD, FORWARD_BACKWARD, OPTIMIZER, time_rounds
-from lm_softmax.benchmark.train import check, optimizer_factory
+from lm_softmax.benchmark.train import check
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
 from lm_softmax.specs import Spec, parse_spec
 
@@ -335,7 +336,7 @@ class Counting(Contestant):
 
 def test_contestants_take_turns_and_warm_ups_do_not_count() -> None:
     log: list[str] = []
-    contestants = {name: Counting(name, log) for name in "abc"}
+    contestants = {name: Here(Counting(name, log)) for name in "abc"}
     times, failures = time_rounds(contestants, 2, num_warmups=1)
     order = "".join(line[0] for line in log if line.endswith("both"))
     assert order == "cab" + "abc" + "bca"
@@ -349,7 +350,7 @@ def test_the_optimizer_is_timed_and_changes_no_weight() -> None:
     log: list[str] = []
     parameter = nn.Parameter(torch.ones(3))
     make = optimizer_factory(parse_spec("AdamW(weight_decay=0.5)"))
-    times, _ = time_rounds({"a": Counting("a", log, parameter)}, 3, optimizer=make)
+    times, _ = time_rounds({"a": Here(Counting("a", log, parameter), make)}, 3)
     assert len(times["a"][OPTIMIZER]) == 3
     assert log.count("a after step") == 4
     assert parameter.tolist() == [1, 1, 1]
@@ -362,19 +363,38 @@ def test_an_optimizer_that_takes_no_sparse_gradients_is_left_out() -> None:
             (parameter,) = self._parameters
             F.embedding(torch.tensor([0]), parameter, sparse=True).sum().backward()
 
-    contestants = {"a": Sparse("a", [], nn.Parameter(torch.ones(3, 2)))}
-    times, failures = time_rounds(contestants, 2, optimizer=optimizer_factory(Spec("AdamW")))
+    sparse = Sparse("a", [], nn.Parameter(torch.ones(3, 2)))
+    times, failures = time_rounds({"a": Here(sparse, optimizer_factory(Spec("AdamW")))}, 2)
     assert failures == {}
     assert set(times["a"]) == {FORWARD, FORWARD_BACKWARD}
 
 
 def test_who_fails_in_a_round_is_out() -> None:
     log: list[str] = []
-    contestants = {"a": Counting("a", log, fail=2), "b": Counting("b", log)}
+    contestants = {"a": Here(Counting("a", log, fail=2)), "b": Here(Counting("b", log))}
     times, failures = time_rounds(contestants, 3)
     assert failures == {"a": "out of memory"}
     assert list(times) == ["b"]
     assert len(times["b"][FORWARD]) == 3
+
+
+def test_a_process_of_its_own_times_the_same_parts() -> None:
+    problem = Problem(vocab_size=50, num_tokens=8, hidden_size=4)
+    entry = entry_of(peers.PLAIN, problem)
+    asked = Request(problem, entry.name, entry.spec, True, Spec("AdamW"), 1, False)
+    steps = {"plain": Apart(asked), "killed": Apart(asked._replace(keep_pages=True))}
+    steps["killed"].step()
+    (process,) = steps["killed"]._pool._processes.values()
+    process.kill()
+    times, failures = time_rounds(steps, 2)
+    assert set(times) == {"plain"}
+    assert {part: len(values) for part, values in times["plain"].items()} == {
+        FORWARD: 2,
+        FORWARD_BACKWARD: 2,
+        OPTIMIZER: 2,
+    }
+    assert failures == {"killed": "the process was killed, perhaps for its memory"}
+    assert all(one._pool._shutdown_thread for one in steps.values())
 
 
 # Memory
@@ -702,6 +722,30 @@ def test_keeping_pages_is_refused_where_it_cannot_be_and_recorded_where_it_is(
     assert main(words) == 0
     assert "pages kept" in capsys.readouterr().out
     assert json.loads((tmp_path / "train.json").read_text())["options"]["keep_pages"] is True
+
+
+def test_each_contestant_is_timed_in_a_process_of_its_own_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Request] = []
+
+    class Noted(Apart):
+        def __init__(self, request: Request) -> None:
+            asked.append(request)
+            super().__init__(request)
+
+    monkeypatch.setattr("lm_softmax.benchmark.train.Apart", Noted)
+    words = [*TRAIN, "--vocab-sizes", "40", "--heads", "FullSoftmax", "--no-memory", "--apart"]
+    words += ["--without", "linear", "products", "Full", "--no-bias", "--output", str(tmp_path)]
+    assert main(words) == 0
+    assert "a process each" in capsys.readouterr().out
+    found = json.loads((tmp_path / "train.json").read_text())
+    assert found["options"]["apart"] is True
+    names = [contestant["name"] for contestant in found["contestants"]]
+    assert [request.name for request in asked] == names == [peers.PLAIN]
+    for contestant, request in zip(found["contestants"], asked, strict=True):
+        assert [len(contestant["rounds_ms"][part]) for part in (FORWARD, OPTIMIZER)] == [2, 2]
+        assert request[3:] == (False, parse_spec("AdamW(fused=True)"), 1, False)
 
 
 def test_a_file_is_there_whole_or_not_at_all(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HOW = (
     "Forward: the loss without gradients. Backward: forward and backward pass together less"
     " forward, gradients of parameters and hidden vectors. Lines are medians over {rounds} rounds,"
-    " bars reach from the smallest to the largest; contestants take turns in one process. Memory:"
+    " bars reach from the smallest to the largest; contestants take turns. Memory:"
     " high-water mark of the first forward and backward pass less what was held before it,"
     " gradients included, each in a process of its own. Speed-up: forward and backward, {plain}"
     " over contestant, paired by round. Products alone: the matrix products into buffers allocated"

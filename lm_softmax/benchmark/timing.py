@@ -1,17 +1,13 @@
-"""Times of the parts of a step, contestant after contestant, round after round, in one process."""
+"""Times of the parts of a step, contestant after contestant, round after round."""
 
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch.optim import Optimizer
-
-from lm_softmax.benchmark.contestants import Contestant
 
 FORWARD, FORWARD_BACKWARD, OPTIMIZER = "forward", "forward_backward", "optimizer"
 PARTS = (FORWARD, FORWARD_BACKWARD, OPTIMIZER)
-MakeOptimizer = Callable[[list[torch.nn.Parameter]], Optimizer]
 Rounds = dict[str, list[float]]  # part: milliseconds, one a round
 
 
@@ -27,61 +23,62 @@ class Timings(NamedTuple):
     failures: dict[str, str]
 
 
+class Steps(Protocol):
+    """The steps of a contestant."""
+
+    def step(self) -> dict[str, float]:
+        """Milliseconds of each part of one, from an idle device to an idle device.
+
+        Raises:
+            RuntimeError: If it fails, for want of memory say.
+        """
+
+    def close(self) -> None:
+        """Ends what was started for them."""
+
+
 def time_rounds(
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[str, Steps],
     num_rounds: int,
     *,
     num_warmups: int = 1,
-    optimizer: MakeOptimizer | None = None,
-    device: str = "cpu",
     after_round: Callable[[int], object] = lambda number: None,
 ) -> Timings:
     """Times every contestant once a round, so that a machine that slows down slows all of them.
 
-    Each round begins with the next contestant. A part is measured from an idle device to an idle
-    device. Of the optimizer, a step and the dropping of the gradients; one that cannot take a
-    contestant's gradients, sparse ones say, leaves that part out. A contestant that fails in any
-    round, for want of memory say, is out.
+    Each round begins with the next contestant. One that fails in any round is out.
 
     Args:
-        contestants: By name.
+        contestants: By name; they are closed in the end.
         num_rounds: Rounds that count.
         num_warmups: Rounds before, that do not.
-        optimizer: Makes the optimizer of a contestant with parameters; None times none.
-        device: Where they run.
         after_round: Called with the number of rounds done.
 
     Returns:
         Times, and failures.
     """
-    clock = Clock(device)
-    optimizers = {
-        name: optimizer(contestant.parameters())
-        for name, contestant in contestants.items()
-        if optimizer is not None and contestant.parameters()
-    }
     rounds: dict[str, Rounds] = {name: {} for name in contestants}
     failures: dict[str, str] = {}
     names = list(contestants)
-    for number in range(-num_warmups, num_rounds):
-        first = number % len(names) if names else 0
-        for name in names[first:] + names[:first]:
-            if name in failures:
-                continue
-            try:
-                times = _step(contestants[name], optimizers.get(name), clock)
-            except RuntimeError as error:
-                contestants[name].clear()
-                failures[name] = first_line(error)
-                del rounds[name]
-                optimizers.pop(name, None)
-                continue
-            if OPTIMIZER not in times:
-                optimizers.pop(name, None)
-            if number >= 0:
-                for part, milliseconds in times.items():
-                    rounds[name].setdefault(part, []).append(milliseconds)
-        after_round(number + num_warmups + 1)
+    try:
+        for number in range(-num_warmups, num_rounds):
+            first = number % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                if name in failures:
+                    continue
+                try:
+                    times = contestants[name].step()
+                except RuntimeError as error:
+                    failures[name] = first_line(error)
+                    del rounds[name]
+                    continue
+                if number >= 0:
+                    for part, milliseconds in times.items():
+                        rounds[name].setdefault(part, []).append(milliseconds)
+            after_round(number + num_warmups + 1)
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
     return Timings(rounds, failures)
 
 
@@ -104,31 +101,6 @@ class Clock:
         call()
         self._wait()
         return (perf_counter() - start) * 1000
-
-
-def _step(contestant: Contestant, optimizer: Optimizer | None, clock: Clock) -> dict[str, float]:
-    times = {
-        FORWARD: clock.time(contestant.forward),
-        FORWARD_BACKWARD: clock.time(contestant.forward_backward),
-    }
-    if optimizer is not None:
-        try:
-            times[OPTIMIZER] = clock.time(lambda: _optimize(contestant, optimizer))
-        except RuntimeError:
-            if not any(_is_sparse(parameter) for parameter in contestant.parameters()):
-                raise
-    contestant.clear()
-    return times
-
-
-def _optimize(contestant: Contestant, optimizer: Optimizer) -> None:
-    optimizer.step()
-    contestant.after_step()
-    contestant.clear()
-
-
-def _is_sparse(parameter: torch.nn.Parameter) -> bool:
-    return parameter.grad is not None and parameter.grad.is_sparse
 
 
 def paired_ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.optim import Optimizer
 
 from lm_softmax.benchmark.agreement import is_wrong, true_loss
 from lm_softmax.benchmark.contestants import Contestant, Entry, Workshop
@@ -12,9 +11,10 @@ from lm_softmax.benchmark.line_up import line_up
 from lm_softmax.benchmark.memory import measure
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.results import Result
+from lm_softmax.benchmark.steps import Apart, Here, Request, optimizer_factory
 from lm_softmax.benchmark.timing import (
     FORWARD_BACKWARD,
-    MakeOptimizer,
+    Steps,
     first_line,
     paired_ratios,
     time_rounds,
@@ -22,11 +22,6 @@ from lm_softmax.benchmark.timing import (
 from lm_softmax.specs import Spec
 
 Say = Callable[[str], object]
-OPTIMIZERS = {
-    name: cls
-    for name, cls in vars(torch.optim).items()
-    if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
-}
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,8 @@ class Plan:
         optimizer: Class and options; None for none.
         memory: Whether to measure memory.
         against: Contestants that every head is compared with, by name.
+        apart: Whether each contestant is timed in a process of its own.
+        keep_pages: Whether the allocators of those processes keep freed memory.
     """
 
     problem: Problem
@@ -56,6 +53,8 @@ class Plan:
     optimizer: Spec | None = None
     memory: bool = True
     against: Sequence[str] = ()
+    apart: bool = False
+    keep_pages: bool = False
 
 
 def run(plan: Plan, say: Say = lambda line: None) -> tuple[list[Result], dict[str, str]]:
@@ -72,7 +71,8 @@ def run(plan: Plan, say: Say = lambda line: None) -> tuple[list[Result], dict[st
         ValueError: If the options of a head, of the optimizer or of the targets are wrong, or a
             contestant to compare with is not there; before anything is measured.
     """
-    optimizer = None if plan.optimizer is None else optimizer_factory(plan.optimizer)
+    if plan.optimizer is not None:
+        optimizer_factory(plan.optimizer)  # raises
     problems = [replace(plan.problem, vocab_size=size) for size in plan.vocab_sizes]
     line_ups = [line_up(problem, plan.specs, bias=plan.bias) for problem in problems]
     kept = [
@@ -86,48 +86,20 @@ def run(plan: Plan, say: Say = lambda line: None) -> tuple[list[Result], dict[st
     _check_names(plan.against, [entry.name for entries in kept for entry in entries])
     results: list[Result] = []
     for problem, entries in zip(problems, kept, strict=True):
-        results += _run_one(problem, entries, plan, optimizer, say)
+        results += _run_one(problem, entries, plan, say)
     absent = {name: why for _, absent in line_ups for name, why in absent.items()}
     return results, {name: why for name, why in absent.items() if not _has(name, plan.without)}
 
 
-def optimizer_factory(spec: Spec) -> MakeOptimizer:
-    """Makes an optimizer of `torch.optim` whose learning rate is 0, so that no round differs.
-
-    Raises:
-        ValueError: If there is no such optimizer, or it refuses its options.
-    """
-    cls = spec.find(OPTIMIZERS)
-    options = {**spec.options, "lr": 0.0}
-
-    def make(parameters: list[torch.nn.Parameter]) -> Optimizer:
-        optimizer: Optimizer = cls(parameters, **options)
-        return optimizer
-
-    try:
-        make([torch.nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{spec}: {error}") from error
-    return make
-
-
-def _run_one(
-    problem: Problem,
-    entries: Sequence[Entry],
-    plan: Plan,
-    optimizer: MakeOptimizer | None,
-    say: Say,
-) -> list[Result]:
+def _run_one(problem: Problem, entries: Sequence[Entry], plan: Plan, say: Say) -> list[Result]:
     where = f"{problem.vocab_size:,} words"
     say(f"{where}: comparing losses")
     results, contestants = check(problem, entries)
     total = plan.num_warmups + plan.num_rounds
     times, failures = time_rounds(
-        contestants,
+        _steps(problem, entries, contestants, plan),
         plan.num_rounds,
         num_warmups=plan.num_warmups,
-        optimizer=optimizer,
-        device=problem.device,
         after_round=lambda number: say(f"{where}: round {number} of {total}"),
     )
     for result in results:
@@ -143,6 +115,23 @@ def _run_one(
             say(f"{where}: memory of {entry.name}")
             _add_memory(result, problem, entry, plan)
     return results
+
+
+def _steps(
+    problem: Problem, entries: Sequence[Entry], contestants: dict[str, Contestant], plan: Plan
+) -> dict[str, Steps]:
+    """Of the contestants that may be timed; `contestants` is empty where others make them."""
+    if not plan.apart:
+        make = None if plan.optimizer is None else optimizer_factory(plan.optimizer)
+        device = problem.device
+        return {name: Here(one, make, device) for name, one in contestants.items()}
+    found: dict[str, Steps] = {}
+    num_threads = torch.get_num_threads()
+    for entry in entries:
+        if contestants.pop(entry.name, None) is not None:
+            options = plan.bias, plan.optimizer, num_threads, plan.keep_pages
+            found[entry.name] = Apart(Request(problem, entry.name, entry.spec, *options))
+    return found
 
 
 def check(problem: Problem, entries: Sequence[Entry]) -> tuple[list[Result], dict[str, Contestant]]:

@@ -16,9 +16,9 @@ from lm_softmax.specs import Spec, parse_spec
 
 DESCRIPTION = """\
 Times forward pass, backward pass and optimizer step of output heads and of their peers on the same
-hidden vectors and targets, contestant after contestant, round after round, in one process; then the
-memory of a step of each, in a process of its own. Prints a table and writes train.json, train.csv
-and softmax_comparison.png.
+hidden vectors and targets, contestant after contestant, round after round, in one process or, with
+--apart, in one each; then the memory of a step of each, in a process of its own. Prints a table and
+writes train.json, train.csv and softmax_comparison.png.
 
 A peer has the weights of the head that it is compared with, and is timed only if its loss is that
 of naive code in float64, within what its dtype explains. Hidden vectors and parameters have the one
@@ -102,6 +102,12 @@ def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
         const=None,
         help="leave its step out; its state then takes no memory",
     )
+    group.add_argument(
+        "--apart",
+        action="store_true",
+        help="time each contestant in a process of its own, as trainings are: what others allocate"
+        " decides on a CPU how many pages one gets anew (default: all in one process)",
+    )
     group.add_argument("--no-memory", dest="memory", action="store_false", help="leave it out")
     group.add_argument(
         "--warmups", type=natural, default=1, metavar="N", help="rounds before (default: 1)"
@@ -131,6 +137,8 @@ def _run(options: argparse.Namespace, report: Report) -> None:
         optimizer=options.optimizer,
         memory=options.memory,
         against=options.against,
+        apart=options.apart,
+        keep_pages=options.keep_pages,
     )
     results, absent = run(plan, say)
     comparisons = list(compare(results, options.against))
@@ -170,5 +178,5 @@ def _setting(plan: Plan) -> str:
     return (
         f"N={problem.num_tokens:,} tokens, d={problem.hidden_size:,}, {problem.dtype},"
         f" {problem.device}, {targets} targets, {'with' if plan.bias else 'without'} biases,"
-        f" {optimizer}."
+        f" {optimizer}, {'a process each' if plan.apart else 'one process'}."
     )

@@ -159,26 +159,27 @@ def test_each_round_takes_the_next_vectors_and_divides_by_their_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hidden = torch.arange(40.0).view(40, 1)
-    assert [len(part) for part in _batches(hidden, 8, 0)] == [8, 8]
-    assert _batches(hidden, 8, 2)[0][:, 0].tolist() == [32, 33, 34, 35, 36, 37, 38, 39]
-    assert _batches(hidden, 8, 2)[1][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    for batch_size, num_calls in [(1, 64), (8, 8), (16, 4), (17, 4), (64, 4)]:  # 64 rows, 4 calls
+        parts = _batches(hidden, batch_size, 0)
+        assert [len(part) for part in parts] == [batch_size] * num_calls
+    assert _batches(hidden, 8, 2)[0][:, 0].tolist() == [8, 9, 10, 11, 12, 13, 14, 15]
+    assert _batches(hidden, 8, 2)[4][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
-    log: list[str] = []
+    log: list[int] = []
 
     class Fake:
         def __init__(self, device: str) -> None:
             pass
 
         def time(self, call: Any) -> float:
-            call()
-            log.append(call.__name__)
+            log.append(len(call()))
             return 32.0 if len(log) % 2 else 64.0
 
     monkeypatch.setattr("lm_softmax.benchmark.decode.Clock", Fake)
     results = measure([trial("FullSoftmax")], [8], 3, 1)
-    assert len(log) == 4 * len(TASKS) * 2
-    for result in results:  # 16 rows a call; naive code goes first in rounds of even number
-        assert result.rounds == {HEAD: [2.0, 4.0, 2.0], NAIVE: [4.0, 2.0, 4.0]}
+    assert log == [8] * (4 * len(TASKS) * 2)
+    for result in results:  # 64 rows a round; naive code goes first in those of even number
+        assert result.rounds == {HEAD: [0.5, 1.0, 0.5], NAIVE: [1.0, 0.5, 1.0]}
         assert result.times_faster() == (0.5, 2.0, 2.0)
 
 

@@ -120,13 +120,12 @@ def chunk_rows(
 def dense_logits(rows: Tensor, matrix: Matrix, softcap: float | None) -> Tensor:
     """Logits that may be overwritten; products are of the dtype of `rows`."""
     dtype, num_words = accumulation_dtype(rows.dtype), matrix.num_rows
-    matrix = Matrix([block.to(rows.dtype) for block in matrix.blocks], matrix.bias)
-    if rows.dtype == dtype and rows.shape[0] * num_words <= FEW_LOGITS:
-        logits = products.few_linear(rows, matrix.blocks, matrix.bias)
-        if logits is not None:
-            return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    blocks = [block.to(rows.dtype) for block in matrix.blocks]
+    few = rows.dtype == dtype and rows.shape[0] * num_words <= FEW_LOGITS
+    if few and all(products.way_of(rows, block) == "mm" for block in blocks):
+        return _capped(products.linears(rows, blocks, matrix.bias), softcap)
     out = workspace("logits", (rows.shape[0], num_words), rows, dtype)
-    return chunk_logits(rows, matrix, softcap, out)
+    return chunk_logits(rows, Matrix(blocks, matrix.bias), softcap, out)
 
 
 def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Tensor) -> Tensor:
@@ -144,7 +143,12 @@ def chunk_logits(inputs: Tensor, matrix: Matrix, softcap: float | None, out: Ten
             if bias is not None:
                 part.add_(bias)
         start += num_words
-    return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
+    return _capped(out, softcap)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Overwrites them."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def row_losses(

@@ -1,6 +1,6 @@
 """Matrix products: which library makes them, and sums wider than their operands."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ FEW_ROWS = 8
 WIDE = 96  # a single row that it does so
 NARROW = 64  # rows that it multiplies well, unless they are BLOCK_ROWS
 SOME_WEIGHTS, MANY_WEIGHTS = 2**18, 2**20  # for which columns and oneDNN are worth their calls
+BLOCK_VALUES = 2**19  # that oneDNN makes at once: they are copied while the cache has them
 FP16_GAIN = 256.0  # lifts small probabilities out of fp16's subnormals; undone in float32
 
 
@@ -76,18 +77,20 @@ def linear_into(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) ->
         60,000 x 256    1 row 10.2, 4.9, 2.7    8 rows 17.8, 8.4, 7.0    64 rows 30.2, 16.2
         20,000 x 512    1 row 5.7, 3.0, 2.0     8 rows 11.2, 4.7, 7.1    64 rows 22.8, 10.4
     """
-    way = _way(left, rows)
+    way, num_rows = way_of(left, rows), left.shape[0]
     if way == "columns":
-        columns = torch.cat([left, left]) if left.shape[0] == 1 else left
+        columns = torch.cat([left, left]) if num_rows == 1 else left
         found = workspace("columns", (rows.shape[0], columns.shape[0]), left, left.dtype)
-        found = torch.mm(rows, columns.t(), out=found).t()[: left.shape[0]]
+        found = torch.mm(rows, columns.t(), out=found).t()[:num_rows]
         out.copy_(found) if bias is None else torch.add(found, bias, out=out)
     elif way == "onednn":
-        out.copy_(linear(fill_up(left, FEW_ROWS), rows, bias, left.dtype)[: left.shape[0]])
-    elif left.is_cpu and left.shape[0] >= BLOCK_ROWS and rows.shape[0] > WORD_BLOCK:
-        for start in range(0, rows.shape[0], WORD_BLOCK):
-            words = slice(start, start + WORD_BLOCK)
-            _linear_by_mm(out[:, words], left, rows[words], None if bias is None else bias[words])
+        filled = fill_up(left, FEW_ROWS)
+        size = max(BLOCK_VALUES // num_rows, WORD_BLOCK)
+        for part, words, offset in _in_blocks(out, rows, bias, size):
+            part.copy_(linear(filled, words, offset, left.dtype)[:num_rows])
+    elif left.is_cpu and num_rows >= BLOCK_ROWS:
+        for part, words, offset in _in_blocks(out, rows, bias, WORD_BLOCK):
+            _linear_by_mm(part, left, words, offset)
     else:
         _linear_by_mm(out, left, rows, bias)
 
@@ -100,15 +103,18 @@ def _linear_by_mm(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) 
         torch.addmm(bias, left, rows.t(), out=out)
 
 
-def few_linear(left: Tensor, blocks: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
-    """`F.linear(left, torch.cat(blocks), bias)`, all of one dtype, by few calls.
+def _in_blocks(
+    out: Tensor, rows: Tensor, bias: Tensor | None, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The operands of `linear_into`, some words at a time."""
+    for start in range(0, rows.shape[0], size):
+        words = slice(start, start + size)
+        yield out[:, words], rows[words], None if bias is None else bias[words]
 
-    None where another way to multiply is faster.
-    """
-    if any(_way(left, rows) != "mm" for rows in blocks):
-        return None
-    if bias is not None and bias.dtype != left.dtype:
-        return None
+
+def linears(left: Tensor, blocks: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """`F.linear(left, torch.cat(blocks), bias)` by few calls, into memory of its own."""
+    bias = None if bias is None else bias.to(left.dtype)
     if len(blocks) == 1:
         return F.linear(left, blocks[0], bias)
     biases: Sequence[Tensor | None] = [None] * len(blocks)
@@ -117,8 +123,8 @@ def few_linear(left: Tensor, blocks: Sequence[Tensor], bias: Tensor | None) -> T
     return torch.cat(list(map(F.linear, [left] * len(blocks), blocks, biases)), 1)
 
 
-def _way(left: Tensor, rows: Tensor) -> Literal["mm", "onednn", "columns"]:
-    """How `linear_into` multiplies."""
+def way_of(left: Tensor, rows: Tensor) -> Literal["mm", "onednn", "columns"]:
+    """How `linear_into` multiplies: by one call, by torch's other library, or transposed."""
     num_rows, width = left.shape
     num_weights = rows.numel()
     if num_weights < SOME_WEIGHTS or not num_rows or left.dtype != torch.float32:
@@ -141,7 +147,7 @@ def fill_up(left: Tensor, least_step: int = 1) -> Tensor:
 
     Args:
         left: `(N, width)`.
-        least_step: Their number is a multiple of it.
+        least_step: A power of two that divides their number.
     """
     num_rows = left.shape[0]
     if not num_rows or left.dtype != torch.float32 or not _uses_onednn():

@@ -129,7 +129,7 @@ def way_of(left: Tensor, rows: Tensor) -> Literal["mm", "onednn", "columns"]:
     num_weights = rows.numel()
     if num_weights < SOME_WEIGHTS or not num_rows or left.dtype != torch.float32:
         return "mm"
-    if not (left.is_cpu and _uses_onednn()) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (left.is_cpu and _uses_onednn()):
         return "mm"
     if num_rows == 1:
         return "columns" if width >= WIDE else "mm"
@@ -150,7 +150,7 @@ def fill_up(left: Tensor, least_step: int = 1) -> Tensor:
         least_step: A power of two that divides their number.
     """
     num_rows = left.shape[0]
-    if not num_rows or left.dtype != torch.float32 or not _uses_onednn():
+    if left.dtype != torch.float32 or not _uses_onednn():
         return left
     step = max(2 ** (num_rows.bit_length() - 6), least_step)
     filling = -num_rows % step

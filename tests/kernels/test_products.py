@@ -183,8 +183,8 @@ def test_operands_of_each_way(small, num_rows, num_words, made):
 def test_rows_that_fill_up_are_copies_of_the_last(num_rows, monkeypatch):
     monkeypatch.setattr(products, "_prefers_onednn", lambda: True)
     left = torch.randn(num_rows, 2)
-    filled = products.fill_up(left, 16)
-    assert len(filled) == {0: 0, 1: 16, 3: 16, 300: 304}[num_rows]
+    filled = products.fill_up(left, 4)
+    assert len(filled) == {0: 0, 1: 4, 3: 4, 300: 304}[num_rows]
     assert torch.equal(filled[:num_rows], left)
     assert (filled[num_rows:] == left[-1:]).all()
 
@@ -250,6 +250,21 @@ def test_few_logits_are_made_by_few_calls_unless_another_way_is_faster(small, mo
     assert operands(rows, many)[1][0] == [(10, 10), (10, 2)]  # as columns
     monkeypatch.setattr(dense, "FEW_LOGITS", 10)
     assert operands(rows, blocks)[0] > few
+
+
+@pytest.mark.parametrize("num_rows", [2, 12])
+def test_products_compile_into_one_graph(num_rows, monkeypatch):
+    """What looks at the processor and its libraries does not."""
+    monkeypatch.setattr(products, "SOME_WEIGHTS", 100)
+    left, rows = torch.randn(num_rows, 10), torch.randn(20, 10)
+
+    def product(left, rows):
+        out = left.new_empty(left.shape[0], rows.shape[0])
+        products.linear_into(out, left, rows, None)
+        return out
+
+    compiled = torch.compile(product, backend="eager", fullgraph=True)
+    assert_close(compiled(left, rows), left @ rows.t())
 
 
 def test_logits_of_weights_that_are_trained_and_of_both_modes(small):

@@ -18,7 +18,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import LOGITS_ALONE, NO_TAILS
 
 from lm_softmax import cli
@@ -155,7 +158,6 @@ def test_fit_leaves_one_folder_and_closes_with_its_figures(trained):
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "config.yaml",
-        "hparams.yaml",
         "metrics.csv",
         "summary.json",
     }
@@ -509,6 +511,36 @@ def test_an_existing_run_is_left_alone(trained):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it is a copy of another run
+def test_a_refused_command_changes_nothing_in_a_run_that_is_gone_on_with(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    (run / "summary.json").write_text('{"status": "running"}')  # of a run that was killed
+    with (run / "metrics.csv").open("a") as file:  # after the checkpoint
+        csv.DictWriter(file, list(rows(run)[0])).writerow({"epoch": 0, "step": 99})
+
+    def files():
+        found = [path for path in run.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+    fit = ("fit", "--run", run, "--ckpt_path", "last")
+    before = files()
+    for words, message in (
+        ([EPOCHS.format(2), "--trainer.accumulate_grad_batches=0"], "must be at least 1: 0"),
+        ([EPOCHS.format(2), "--model.optimizer.init_args.lr=1e39"], "cannot step by lr=1e+39"),
+        ([EPOCHS.format(2), "--data.streaming=true"], "set trainer.max_steps"),
+        (["--data.streaming=true"], "set trainer.max_steps"),  # where nothing is left to do
+    ):
+        said = call(*fit, *words)
+        assert said.code == 2
+        assert message in said.err.splitlines()[-1]
+        assert files() == before
+    done(*fit, EPOCHS.format(2))
+    steps = [int(row["step"]) for row in rows(run)]
+    assert 10 < steps[-1] < 99
+    assert steps == sorted(steps)
+    assert not before.items() <= files().items()
+
+
 @pytest.mark.parametrize("path", ["os.system", "this.Thing", "this"])
 @pytest.mark.parametrize("part", ["encoder", "head", "optimizer"])
 def test_a_checkpoint_cannot_name_foreign_code(part, path, trained, tmp_path, monkeypatch):
@@ -683,6 +715,53 @@ def test_an_epoch_that_is_under_way_is_not_done(whole, ended, trained):
     loops["epoch_loop.batch_progress"]["is_last_batch"] = whole
     trainer = pl.Trainer(max_epochs=1, logger=False, accelerator="cpu", enable_checkpointing=False)
     assert bool(checkpoint.end(trainer)) is ended
+
+
+@pytest.mark.parametrize(
+    ("least", "ended"),
+    [
+        ({}, True),
+        ({"min_steps": 10, "min_epochs": 1}, True),
+        ({"min_steps": 11}, False),
+        ({"min_epochs": 2}, False),
+    ],
+)
+def test_early_stopping_ends_no_run_before_its_least_length(least, ended, trained):
+    checkpoint = RunCheckpoint("last", str(trained[0]))
+    assert checkpoint.step == 10
+    stopping = EarlyStopping("val/ppl")
+    stopping.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
+    checkpoint.content["callbacks"][stopping.state_key] = stopping.state_dict()
+    options = {"logger": False, "accelerator": "cpu", "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=9, callbacks=[EarlyStopping("val/ppl")], **options, **least)
+    end = checkpoint.end(trainer)
+    assert end == (
+        "has done 10 steps, after which early stopping ended the run: leave EarlyStopping of"
+        " val/ppl out"
+        if ended
+        else None
+    )
+
+
+@pytest.mark.parametrize(("num_rows", "kept"), [(3, [1, 2, 3]), (None, [1, 2])])
+def test_figures_from_the_resumed_step_on_are_those_before_its_checkpoint(num_rows, kept, tmp_path):
+    """The rows that a checkpoint of step 3 knows of, 3 itself among them, and no others."""
+    folder = RunFolder(tmp_path, resumes=True)
+    for first, steps, loss in ((0, [1, 2, 3, 4, 5], 2.0), (3, [4], 1.0)):
+        loggers = folder.loggers(first)
+        if first:
+            folder.keep_rows(loggers, num_rows, first)
+        for logger in loggers:
+            for step in steps:
+                logger.log_metrics({"train/loss": loss}, step)
+            logger.finalize("failed")
+        for file in tmp_path.glob("events.*"):
+            file.rename(file.with_name(f"{file.name}.{first}"))
+    expected = [(step, 2.0) for step in kept] + [(4, 1.0)]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == expected
+    found = [(int(row["step"]), float(row["train/loss"])) for row in rows(tmp_path)]
+    assert found == expected
 
 
 def test_metrics_that_a_kill_cut_off_are_read(tmp_path):

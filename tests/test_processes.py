@@ -81,6 +81,10 @@ def test_a_stream_is_shared_and_gone_on_with(strategy, changes, tmp_path):
 # Text that is here as a whole
 
 
+def files(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two epochs of one run: some steps by one process, some by two, the rest by one."""
@@ -92,7 +96,9 @@ def trained(tmp_path_factory):
     assert call(*first, folder=folder).code == 0
     on = ("fit", "--run", "runs/trained", "--ckpt_path", "last", "--trainer.max_steps")
     codes(call_ranks(*on, "10", folder=folder, world_size=2), 0, 0)
+    before = files(folder / "runs/trained")
     refused = call_ranks(*on, "11", folder=folder, world_size=3)
+    assert files(folder / "runs/trained") == before
     one = ("--trainer.devices=1", "--trainer.strategy=auto")
     said = call(*on, "-1", *one, folder=folder)
     assert said.code == 0, said.err

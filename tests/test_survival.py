@@ -297,7 +297,9 @@ def test_another_number_of_processes_takes_the_rest_of_the_text(trained, tmp_pat
     tokens = [next(v for k, v in s.items() if "StepTime" in k)["tokens_seen"] for s in seen]
     assert tokens[0] == tokens[1]
     message = "rows cannot be shared evenly by 3 processes: make it a multiple of 3"
+    before = {path: path.read_bytes() for path in (folder / run).rglob("*.*")}
     three = call_ranks(*words, "--trainer.max_epochs=3", folder=folder, world_size=3)
+    assert {path: path.read_bytes() for path in (folder / run).rglob("*.*")} == before
     for said in three:
         assert said.code == 2
         assert message in said.err.splitlines()[-1]
@@ -382,6 +384,16 @@ def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_io, "load_archive", None)  # what it wrote itself is whole
     save({"step": 3}, last)
     assert _step(last) == 3
+
+
+def test_what_a_kill_left_of_a_second_name_is_in_nobodys_way(tmp_path):
+    """Killed between the link and the renaming of it; the next save is as any other."""
+    (tmp_path / "previous.ckpt.partial").write_bytes(b"of an earlier checkpoint")
+    save = AtomicCheckpointIO().save_checkpoint
+    for step in (1, 2):
+        save({"step": step}, tmp_path / "last.ckpt")
+    found = {path.name: _step(path) for path in tmp_path.iterdir()}
+    assert found == {"last.ckpt": 2, "previous.ckpt": 1}
 
 
 def _refuse(*args):

@@ -44,12 +44,13 @@ CallbackT = TypeVar("CallbackT", bound=pl.Callback)
 class RunSummary(pl.Callback):
     """Keeps `summary.json` in the run's folder, `trainer.default_root_dir`, and TensorBoard's tabs.
 
-    The file is written when the fit starts, after each validation, and when the fit ends, by an
-    interruption or an error too; `status` says which: "running", "finished", "interrupted" or
-    "failed". It holds what tells runs apart and compares them: head and encoder with their options,
-    vocabulary, parameters, the metrics of the best (by `val/nll`) and the last validation, speed,
-    memory, time, checkpoints (relative to the folder), versions. Speed and memory come from
-    `StepTimeMonitor` and `MemoryMonitor`, the text from `SampleText`, where the trainer has them.
+    The file is written when the training starts, after each validation, and when the fit ends, by
+    an interruption or an error of the training too; `status` says which: "running", "finished",
+    "interrupted" or "failed". A fit that is refused before leaves the file as it was. It holds what
+    tells runs apart and compares them: head and encoder with their options, vocabulary, parameters,
+    the metrics of the best (by `val/nll`) and the last validation, speed, memory, time, checkpoints
+    (relative to the folder), versions. Speed and memory come from `StepTimeMonitor` and
+    `MemoryMonitor`, the text from `SampleText`, where the trainer has them.
 
     Each `TensorBoardLogger` gets a layout of custom scalars at the start, and at the end the
     hyperparameters with the final metrics (`final/...`), which fill the HParams tab.
@@ -66,7 +67,7 @@ class RunSummary(pl.Callback):
         self._measured: dict[str, Any] = {}  # speed and memory, until they are measured anew
         self._earlier_s = 0.0
         self._start = 0.0
-        self._fitting = False
+        self._training = False
 
     def lines(self) -> list[str]:
         """Returns the closing lines of the run, for people; none on ranks other than zero."""
@@ -94,16 +95,19 @@ class RunSummary(pl.Callback):
             self._model = _describe_model(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the layout of the charts and the first summary."""
+        """Starts the clock."""
         self._start = perf_counter()
-        self._fitting = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the layout of the charts and the first summary."""
+        self._training = True
         for logger in _tensorboards(trainer):
             logger.experiment.add_custom_scalars(LAYOUT)
         self._write(trainer, "running")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the metrics of the validation."""
-        if not self._fitting or trainer.sanity_checking:
+        if not self._training or trainer.sanity_checking:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._last = {
@@ -125,18 +129,18 @@ class RunSummary(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Closes the summary of a fit that did not."""
-        if self._fitting:
+        if self._training:
             interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
             self._finish(trainer, "interrupted" if interrupted else "failed")
 
     @property
     def _wall_time_s(self) -> float:
-        return self._earlier_s + (perf_counter() - self._start if self._fitting else 0.0)
+        return self._earlier_s + (perf_counter() - self._start if self._training else 0.0)
 
     def _finish(self, trainer: pl.Trainer, status: str) -> None:
         self._write(trainer, status)
         self._earlier_s = self._wall_time_s
-        self._fitting = False
+        self._training = False
         hparams, metrics = _for_hparams_tab(self.summary)
         for logger in _tensorboards(trainer):
             logger.log_hyperparams(hparams, metrics, trainer.global_step)

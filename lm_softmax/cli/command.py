@@ -1,11 +1,9 @@
 """The LightningCLI behind `train.py`."""
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,87 +11,33 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 import lm_softmax.schedule  # noqa: F401  a class is known by its name once it is imported
 from lm_softmax.callbacks import RunSummary
+from lm_softmax.cli.callbacks import EVALUATION_CALLBACKS, FIT_CALLBACKS, callbacks_of
 from lm_softmax.cli.checkpoint import RunCheckpoint
 from lm_softmax.cli.checkpoint_io import AtomicCheckpointIO
-from lm_softmax.cli.last_state import BetweenSteps
+from lm_softmax.cli.given import Given
 from lm_softmax.cli.messages import option_error
 from lm_softmax.cli.nulls import check_nulls
 from lm_softmax.cli.predictions import NUM_TOKENS, PredictionWriter
 from lm_softmax.cli.run_folder import RunFolder
+from lm_softmax.cli.run_start import CONFIG, RunStart
 from lm_softmax.data import TextDataModule
 from lm_softmax.module import LanguageModel
 from lm_softmax.parallel import check_sizes
 from lm_softmax.vocab import Vocab
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
 GROUPS = {"model": LanguageModel, "data": TextDataModule, "trainer": pl.Trainer}
-CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
-BEST = {
-    "monitor": "val/ppl",
-    "mode": "min",
-    "filename": "best",
-    "save_on_train_epoch_end": False,  # with the validation, and so before `last.ckpt`
-    "auto_insert_metric_name": False,
-    "enable_version_counter": False,
-}
-BAR = {
-    "class_path": "lightning.pytorch.callbacks.TQDMProgressBar",
-    "init_args": {"refresh_rate": 10},
-}
-EVALUATION_CALLBACKS = [
-    {"class_path": "lm_softmax.callbacks.PerplexityMonitor"},
-    BAR,
-]
-FIT_CALLBACKS = [
-    {"class_path": "lm_softmax.cli.last_state.BetweenSteps"},  # first: not a part of the step
-    {"class_path": "lm_softmax.callbacks.StepTimeMonitor"},
-    {"class_path": "lm_softmax.callbacks.MemoryMonitor"},
-    {"class_path": "lm_softmax.callbacks.PerplexityMonitor"},
-    {"class_path": "lm_softmax.callbacks.SampleText"},
-    {"class_path": "lm_softmax.callbacks.RunSummary"},
-    {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": BEST},
-    {"class_path": "lm_softmax.cli.last_state.LastCheckpoint"},
-    {"class_path": "lm_softmax.cli.last_state.FinalValidation"},
-    {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
-    BAR,
-]
 
 
 class TerminatedError(Exception):
     """SIGTERM has ended the command; says what it can go on from."""
-
-
-@dataclass
-class Given:
-    """What has to be known of the command line before the parser reads it."""
-
-    subcommand: str | None
-    ckpt_path: str | None
-    run: str | None
-    configs: list[str]
-
-    @classmethod
-    def read(cls, args: Sequence[str]) -> "Given":
-        """Look for a few options, and leave every error to the parser."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        for option in ("--ckpt_path", "--run"):
-            parser.add_argument(option, nargs="?")
-        parser.add_argument("-c", "--config", nargs="?", action="append", default=[])
-        found, others = parser.parse_known_args(args)
-        subcommand = next((word for word in others if word in SUBCOMMANDS), None)
-        configs = [config for config in found.config if config]
-        if subcommand == "fit" and found.run and found.ckpt_path is None and _is_requeued():
-            found.ckpt_path = "last" if RunCheckpoint.candidates(Path(found.run)) else None
-        return cls(subcommand, found.ckpt_path, found.run, configs)
 
 
 class TrainCLI(LightningCLI):
@@ -123,7 +67,7 @@ class TrainCLI(LightningCLI):
         super().__init__(
             LanguageModel,
             TextDataModule,
-            save_config_callback=SaveRunConfig,
+            save_config_callback=RunStart,
             seed_everything_default=1,
             parser_kwargs={**strict, **{name: dict(strict) for name in self.subcommands()}},
             args=self._with_config_of_run(args),
@@ -205,7 +149,13 @@ class TrainCLI(LightningCLI):
             vocab_path = config.data.vocab_path
             if self.checkpoint is not None and vocab_path == str(self.checkpoint.path):
                 vocab_path = self.checkpoint.data_options.get("vocab_path")
-            self.save_config_kwargs = {"folder": self.folder.path, "vocab_path": vocab_path}
+            num_rows = self.checkpoint.content.get("num_rows") if self.checkpoint else None
+            self.save_config_kwargs = {
+                "folder": self.folder,
+                "vocab_path": vocab_path,
+                "step": self._first_step if resumes else 0,
+                "num_rows": num_rows,
+            }
         else:  # an evaluation says its figures and leaves the run as it is
             self.save_config_callback = None
 
@@ -225,18 +175,10 @@ class TrainCLI(LightningCLI):
         trainer = self.config_init[self.subcommand].trainer
         if trainer.logger in (None, True):
             trainer.logger = self.folder.loggers(self._first_step) if self.folder else False
-        callbacks = trainer.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        unwanted = _switched_off(trainer)
-        callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
-        if between := [each for each in callbacks if isinstance(each, BetweenSteps)]:
-            # the one that was given last, before those that watch the step
-            callbacks = [between[-1], *(each for each in callbacks if each not in between)]
-        if self.folder is not None:
-            trainer.default_root_dir = self.folder.path
-            for callback in callbacks:
-                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                    callback.dirpath = os.path.abspath(self.folder.path / "checkpoints")
+        path = None if self.folder is None else self.folder.path
+        if path is not None:
+            trainer.default_root_dir = path
+        callbacks = callbacks_of(trainer, path)
         try:
             made = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except RuntimeError as error:  # Lightning's way to refuse some combinations of options
@@ -263,8 +205,6 @@ class TrainCLI(LightningCLI):
                     _say(f"nothing is left to do: {path} {end} to train on")
                     if self.folder.is_closed(self._first_step):
                         return
-                num_rows = self.checkpoint.content.get("num_rows")
-                self.folder.keep_rows(self.trainer.loggers, num_rows, self._first_step)
             self.trainer.fit(**options | {"ckpt_path": path, "weights_only": True})
         except BaseException as error:
             if self.trainer.global_step in (0, self._first_step):
@@ -346,46 +286,9 @@ class TrainCLI(LightningCLI):
         return args
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the configuration into the run's folder, so that `fit --config` repeats the run."""
-
-    def __init__(
-        self,
-        parser: LightningArgumentParser,
-        config: Namespace,
-        *,
-        folder: Path,
-        vocab_path: str | None,
-    ) -> None:
-        super().__init__(parser, config, save_to_log_dir=False)
-        self.folder, self.vocab_path = folder, vocab_path
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves out what belongs to this run alone: its folder, and a checkpoint's vocabulary."""
-        config = self.config.clone()
-        config.run, config.data.vocab_path = None, self.vocab_path
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(config, self.folder / CONFIG, skip_none=False, overwrite=True)
-
-
-def _switched_off(trainer: Namespace) -> tuple[type[pl.Callback], ...]:
-    """Callbacks that the trainer's switches turn off; left in the list, they are an error."""
-    switches: dict[type[pl.Callback], bool] = {
-        ProgressBar: trainer.enable_progress_bar is not False,
-        ModelCheckpoint: trainer.enable_checkpointing is not False,
-        LearningRateMonitor: bool(trainer.logger),
-    }
-    return tuple(kind for kind, on in switches.items() if not on)
-
-
 def _is_ctrl_c(error: BaseException) -> bool:
     """Whether the trainer was interrupted, which it turns into an exit."""
     return isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
-
-
-def _is_requeued() -> bool:
-    """Whether SLURM has put the job back in the queue and starts its command once more."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 @rank_zero_only

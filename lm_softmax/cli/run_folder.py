@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -88,11 +87,9 @@ class RunFolder:
 
     def loggers(self, step: int = 0) -> list[Logger]:
         """TensorBoard and CSV side by side in the folder; on a resumed run from `step` on."""
-        place: dict[str, Any] = {"save_dir": self.path, "name": "", "version": ""}
-        return [
-            TensorBoardLogger(**place, default_hp_metric=False, purge_step=step or None),
-            TableLogger(self.path),
-        ]
+        from lm_softmax.cli.event_logger import EventLogger  # a tenth of a second, for a run alone
+
+        return [EventLogger(self.path, step), TableLogger(self.path)]
 
     @rank_zero_only
     def keep_rows(self, loggers: list[Logger], num_rows: int | None, step: int) -> None:
@@ -115,7 +112,6 @@ class RunFolder:
         table.experiment.keep(kept)
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.purge_step = None  # done; a writer opened anew would do it again
                 for row in kept:
                     values = {n: float(v) for n, v in row.items() if v and n != "step"}
                     if int(row["step"]) >= step:

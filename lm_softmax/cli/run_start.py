@@ -1,0 +1,71 @@
+"""What a command writes into the run's folder before all else, once nothing can refuse it."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from lm_softmax.cli.run_folder import RunFolder
+
+CONFIG = "config.yaml"
+
+
+class RunStart(SaveConfigCallback):
+    """Writes the configuration, so that `fit --config` repeats the run, and goes back to its rows.
+
+    A training does so when it starts: its text is found and dealt to the processes by then, and
+    whatever is refused before has changed nothing in the folder of a run that was to go on.
+
+    Args:
+        parser: Writes the configuration.
+        config: What to write.
+        folder: Of the run.
+        vocab_path: In place of the configuration's, where a checkpoint brings the vocabulary.
+        step: The one to go on from; 0 for a new run.
+        num_rows: Rows of metrics.csv that belong to the steps before; None for those whose number
+            is below `step`.
+    """
+
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        *,
+        folder: RunFolder,
+        vocab_path: str | None,
+        step: int,
+        num_rows: int | None,
+    ) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder, self.vocab_path = folder, vocab_path
+        self.step, self.num_rows = step, num_rows
+        self._rows_kept = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes for an evaluation, whose folder is new, and goes where it is refused."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes for a training."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+        self._keep_rows(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rows of a run that had no step left to do, and is closed with its summary."""
+        self._keep_rows(trainer)
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves out what belongs to this run alone: its folder, and a checkpoint's vocabulary."""
+        config = self.config.clone()
+        config.run, config.data.vocab_path = None, self.vocab_path
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        path = Path(self.folder.path, CONFIG)
+        self.parser.save(config, path, skip_none=False, overwrite=True)
+
+    def _keep_rows(self, trainer: pl.Trainer) -> None:
+        if self.step and not self._rows_kept:
+            self.folder.keep_rows(trainer.loggers, self.num_rows, self.step)
+        self._rows_kept = True

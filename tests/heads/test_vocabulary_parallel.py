@@ -19,6 +19,7 @@ from lm_softmax.encoders.embedding import look_up
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax, LowRankSoftmax
 from lm_softmax.heads.parallel import shard_parameters, shard_vocabulary
 from lm_softmax.kernels import sharded as sharded_kernel
+from lm_softmax.kernels import sharded_operations
 
 HIDDEN, TOKENS = 6, 13
 
@@ -114,18 +115,25 @@ def check_without_reads(name, mesh):
 
 
 def check_scaled(name, mesh):
-    """fp16 under a GradScaler, whose factor is beyond what fp16 holds."""
+    """fp16 under a GradScaler, whose factor is beyond what fp16 holds, with a GPU's operands."""
     whole, hidden, target = problem(CASES[name], torch.float32)
     sharded = copy.deepcopy(whole)
     shard_vocabulary(sharded, mesh)
-    gradients = []
-    for head in (whole, sharded):
-        own = hidden.clone().requires_grad_()
-        with torch.autocast("cpu", torch.float16):
-            loss = head.loss(own, target, reduction="sum")
-        (2.0**17 * loss).backward()
-        gradients.append(own.grad / 2.0**17)
-    assert_close(*gradients, rtol=1e-2, atol=1e-2)
+    weights = torch.linspace(0.5, 2, TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_kernel, "products_widen", lambda _: True)
+        patch.setattr(sharded_operations, "product_dtype", lambda *_: torch.float16)
+        for reduction, factors in (("sum", weights[0]), ("none", weights), ("none", 0 * weights)):
+            gradients = []
+            for head in (whole, sharded):
+                head.zero_grad()
+                own = hidden.clone().requires_grad_()
+                loss = head.loss(own, target, reduction=reduction)
+                (2.0**17 * factors * loss).sum().backward()
+                found = [own.grad, *(p.grad for p in head.parameters())]
+                found = [g.full_tensor() if isinstance(g, DTensor) else g for g in found]
+                gradients.append([gradient / 2.0**17 for gradient in found])
+            assert_close(*gradients, rtol=1e-2, atol=1e-2)
 
 
 def check_search(name, mesh):

@@ -15,8 +15,8 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 # Options that must be off: torch refuses them, but for momentum, whose buffer would come to hold
 # the rows of all steps so far.
 TRAINS_ON_SPARSE: dict[type[Optimizer], tuple[str, ...]] = {
-    Adagrad: ("weight_decay", "fused", "differentiable"),
-    SGD: ("weight_decay", "fused", "differentiable", "momentum"),
+    Adagrad: ("weight_decay", "fused"),
+    SGD: ("weight_decay", "fused", "momentum"),
     SparseAdam: (),
 }
 

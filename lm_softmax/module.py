@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lm_softmax import divergence, factory, gradients, moment, parallel, replicas
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
+from lm_softmax.log_steps import logs_step
 from lm_softmax.metrics import Perplexity
 from lm_softmax.vocab import Vocab
 
@@ -365,10 +366,7 @@ class LanguageModel(LightningModule):
 
     def _log_loss(self) -> None:
         """Logs nats a target over the window so far, where the trainer logs this step."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        step = self.global_step + 1
-        stops = self.trainer.should_stop or 0 <= self.trainer.max_steps <= step
-        if every < 1 or (step % every and not stops):  # where it stops, it logs the latest values
+        if not logs_step(self.trainer, self.global_step + 1):
             return
         self._watch.check()
         # On the host, or the progress bar waits for the device each time it is drawn.

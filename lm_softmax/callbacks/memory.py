@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lm_softmax.callbacks.log_steps import LogSteps, on_host
+from lm_softmax.log_steps import LogSteps, on_host
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lm_softmax.callbacks.log_steps import LogSteps, ever_logs, on_host
+from lm_softmax.log_steps import LogSteps, ever_logs, on_host
 from lm_softmax.parallel import summed
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lm_softmax.callbacks.log_steps import LogSteps, ever_logs, on_host
+from lm_softmax.log_steps import LogSteps, ever_logs, on_host
 from lm_softmax.parallel import Replica
 
 MAX_UNREAD_STEPS = 1000  # of a trainer that never logs: each holds events on CUDA

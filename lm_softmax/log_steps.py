@@ -1,4 +1,4 @@
-"""When a callback has something to log."""
+"""When there is something to log."""
 
 import lightning.pytorch as pl
 import torch
@@ -25,15 +25,20 @@ class LogSteps:
         return ended
 
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """Says whether the trainer logs the step that has just ended.
+        """Says whether the trainer logs the step that has just ended."""
+        return logs_step(trainer, trainer.global_step)
 
-        It does every so many steps, and when it stops: of a figure that is not logged anew then, it
-        would repeat an old value.
-        """
-        if not ever_logs(trainer):
-            return False
-        stops = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        return stops or trainer.global_step % _interval(trainer) == 0
+
+def logs_step(trainer: pl.Trainer, step: int) -> bool:
+    """Says whether the trainer logs an optimizer step, by whose end it has done `step` of them.
+
+    It does every so many steps, and when it stops: of a figure that is not logged anew then, it
+    would repeat an old value.
+    """
+    if not ever_logs(trainer):
+        return False
+    stops = trainer.should_stop or 0 <= trainer.max_steps <= step
+    return stops or step % _interval(trainer) == 0
 
 
 def ever_logs(trainer: pl.Trainer) -> bool:

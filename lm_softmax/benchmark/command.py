@@ -99,6 +99,28 @@ def hush() -> None:
     say("")
 
 
+def add_command(
+    commands: Any, name: str, summary: str, description: str, **defaults: Any
+) -> argparse.ArgumentParser:
+    """A subcommand's parser.
+
+    Args:
+        commands: Where it belongs.
+        name: Its name.
+        summary: What it does, in the list of all.
+        description: What it does, as it is printed.
+        defaults: `run`, which is called with the options and a `Report`, and others.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(**defaults)
+    return parser
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every subcommand has."""
     group = parser.add_argument_group("how it is measured")
@@ -132,6 +154,14 @@ def add_rounds_and_output(group: Any, rounds: int) -> None:
         default=Path("benchmarks"),
         metavar="FOLDER",
         help="where the files are written (default: benchmarks)",
+    )
+
+
+def add_memory_and_warmups(group: Any) -> None:
+    """The options of a measurement that begins with rounds, and ends with memory."""
+    group.add_argument("--no-memory", dest="memory", action="store_false", help="leave it out")
+    group.add_argument(
+        "--warmups", type=natural, default=1, metavar="N", help="rounds before (default: 1)"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lm_softmax.benchmark.command import Report, natural, positive
+from lm_softmax.benchmark.command import Report, add_command, natural, positive
 from lm_softmax.benchmark.constants import Clock, Step, measure
 from lm_softmax.benchmark.report import write_text
 from lm_softmax.heads.cost_model import CostModel, predicted_time
@@ -168,13 +168,13 @@ def read_counts(path: str) -> Tensor:
 
 def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "cutoffs",
-        help="the fastest clusters of an adaptive softmax on this machine",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "the fastest clusters of an adaptive softmax on this machine",
+        DESCRIPTION,
+        run=_run,
     )
-    parser.set_defaults(run=_run)
     group = parser.add_argument_group("what is measured")
     words = group.add_mutually_exclusive_group(required=True)
     words.add_argument(

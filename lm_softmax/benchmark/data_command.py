@@ -8,9 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lm_softmax.benchmark.command import Report, add_rounds_and_output, hush, positive, say
+from lm_softmax.benchmark.command import (
+    Report,
+    add_command,
+    add_rounds_and_output,
+    hush,
+    positive,
+    say,
+)
 from lm_softmax.benchmark.report import align, as_json, csv_text, show, write_text
 from lm_softmax.benchmark.results import Spread
+from lm_softmax.benchmark.timing import call_rounds
 
 DESCRIPTION = """\
 Times the way from text to token ids in tokens per second: a vocabulary of all white-space tokens of
@@ -27,13 +35,16 @@ PACKAGES = ("datasets", "numpy", "pyarrow", "tokenizers")
 
 def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
     """Adds the subcommand; of the common options, those of torch mean nothing here."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "data",
-        help="tokens per second from text to token ids",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "tokens per second from text to token ids",
+        DESCRIPTION,
+        run=_run,
+        device="cpu",
+        threads=None,
+        keep_pages=False,
     )
-    parser.set_defaults(run=_run, device="cpu", threads=None, keep_pages=False)
     group = parser.add_argument_group("what is measured")
     group.add_argument(
         "--path",
@@ -80,7 +91,7 @@ def _run(options: argparse.Namespace, report: Report) -> None:
             raise ValueError(f"{options.path}: {different}")
         num_tokens, num_types = sum(counts[0].values()), len(counts[0])
         del counts
-        seconds = time_pipelines(pipelines, options.rounds)
+        seconds = call_rounds({name: p.run for name, p in pipelines.items()}, options.rounds, say)
         memory = None
         if options.memory:
             try:
@@ -111,18 +122,6 @@ def _run(options: argparse.Namespace, report: Report) -> None:
         *(f"written: {path}" for path in files),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
-
-
-def time_pipelines(pipelines: Mapping[str, Any], num_rounds: int) -> dict[str, list[Any]]:
-    """`Seconds` of each in each round; each round begins with the next one."""
-    seconds: dict[str, list[Any]] = {name: [] for name in pipelines}
-    names = list(pipelines)
-    for number in range(num_rounds):
-        say(f"round {number + 1} of {num_rounds}")
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(pipelines[name].run())
-    return seconds
 
 
 def _record(name: str, seconds: Mapping[str, Sequence[Any]], num_tokens: int) -> dict[str, Any]:

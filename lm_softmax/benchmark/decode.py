@@ -13,7 +13,7 @@ from lm_softmax.benchmark.line_up import make_head
 from lm_softmax.benchmark.memory import MIB, high_water, in_new_process
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.results import Spread
-from lm_softmax.benchmark.timing import Clock, first_line, paired_ratios
+from lm_softmax.benchmark.timing import Clock, first_line, in_turn, paired_ratios
 from lm_softmax.heads import OutputHead
 from lm_softmax.specs import Spec
 
@@ -195,10 +195,9 @@ def measure(
                 result.problem = problem
     for number in range(num_warmups + num_rounds):
         say(f"round {number + 1} of {num_warmups + num_rounds}")
-        first = number % len(trials)
         for batch_size in batch_sizes:
             for task in TASKS:
-                for trial in [*trials[first:], *trials[:first]]:
+                for trial in in_turn(trials, number):
                     result = results[trial.name, batch_size, task]
                     _time(result, trial, number, counts=number >= num_warmups)
     return list(results.values())

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm_softmax.benchmark.command import Report, checked, hush, natural, positive, say
+from lm_softmax.benchmark.command import (
+    Report,
+    add_command,
+    add_memory_and_warmups,
+    checked,
+    hush,
+    positive,
+    say,
+)
 from lm_softmax.benchmark.decode import (
     HEAD,
     MOST,
@@ -52,13 +60,13 @@ CSV_COLUMNS = (
 
 def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "decode",
-        help="milliseconds a token of top k and sampling, beside naive code",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "milliseconds a token of top k and sampling, beside naive code",
+        DESCRIPTION,
+        run=_run,
     )
-    parser.set_defaults(run=_run)
     group = parser.add_argument_group("heads with random weights")
     group.add_argument(
         "--vocab-sizes", type=positive, nargs="+", metavar="V", help="default: 100000"
@@ -100,10 +108,7 @@ def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
         " (default: 1024)",
     )
     group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default: float32")
-    group.add_argument("--no-memory", dest="memory", action="store_false", help="leave it out")
-    group.add_argument(
-        "--warmups", type=natural, default=1, metavar="N", help="rounds before (default: 1)"
-    )
+    add_memory_and_warmups(group)
     add_common_options(parser)
 
 

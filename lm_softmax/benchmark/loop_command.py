@@ -3,15 +3,17 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
-from lm_softmax.benchmark.command import Report, hush, natural, positive, say
+from lm_softmax.benchmark.command import Report, add_command, hush, natural, positive, say
 from lm_softmax.benchmark.problem import ZIPF, Problem
 from lm_softmax.benchmark.report import align, as_json, csv_text, show, write_text
 from lm_softmax.benchmark.results import Spread
+from lm_softmax.benchmark.timing import call_rounds
 
 DESCRIPTION = """\
 Times whole training loops in tokens per second, in turns, in one process: models of this package
@@ -27,13 +29,9 @@ CSV_COLUMNS = ("loop", "vocab_size", "measure", "unit", "min", "median", "max")
 
 def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
-        "loop",
-        help="tokens per second of whole training loops",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "loop", "tokens per second of whole training loops", DESCRIPTION, run=_run
     )
-    parser.set_defaults(run=_run)
     group = parser.add_argument_group("what is measured")
     group.add_argument(
         "--vocab-size", type=positive, default=30_000, metavar="V", help="default: 30000"
@@ -109,7 +107,8 @@ def _run(options: argparse.Namespace, report: Report) -> None:
         if reference not in loops:
             raise ValueError(f"--reference: no loop {reference}, but {', '.join(loops)}")
         with quiet_lightning():
-            speeds = time_loops(loops, options.rounds)
+            runs = {name: partial(_tokens_per_s, loop) for name, loop in loops.items()}
+            speeds = call_rounds(runs, options.rounds, say)
     hush()
     records = [_record(name, loop, speeds, reference) for name, loop in loops.items()]
     body = {"reference": reference, "loops": records}
@@ -130,16 +129,8 @@ def _run(options: argparse.Namespace, report: Report) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def time_loops(loops: Mapping[str, Any], num_rounds: int) -> dict[str, list[float]]:
-    """Tokens per second of each loop in each round; each round begins with the next loop."""
-    speeds: dict[str, list[float]] = {name: [] for name in loops}
-    names = list(loops)
-    for number in range(num_rounds):
-        say(f"round {number + 1} of {num_rounds}")
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            speeds[name].append(loops[name].text.timed_tokens / loops[name].run())
-    return speeds
+def _tokens_per_s(loop: Any) -> float:
+    return loop.text.timed_tokens / loop.run()
 
 
 def _build(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

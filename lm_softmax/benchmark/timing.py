@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 FORWARD, FORWARD_BACKWARD, OPTIMIZER = "forward", "forward_backward", "optimizer"
 PARTS = (FORWARD, FORWARD_BACKWARD, OPTIMIZER)
 Rounds = dict[str, list[float]]  # part: milliseconds, one a round
+ItemT = TypeVar("ItemT")
 
 
 class Timings(NamedTuple):
@@ -59,11 +60,9 @@ def time_rounds(
     """
     rounds: dict[str, Rounds] = {name: {} for name in contestants}
     failures: dict[str, str] = {}
-    names = list(contestants)
     try:
         for number in range(-num_warmups, num_rounds):
-            first = number % len(names) if names else 0
-            for name in names[first:] + names[:first]:
+            for name in in_turn(list(contestants), number):
                 if name in failures:
                     continue
                 try:
@@ -80,6 +79,30 @@ def time_rounds(
         for contestant in contestants.values():
             contestant.close()
     return Timings(rounds, failures)
+
+
+def in_turn(items: Sequence[ItemT], number: int) -> list[ItemT]:
+    """The order of a round by its number: each begins with the next item."""
+    first = number % len(items) if items else 0
+    return [*items[first:], *items[:first]]
+
+
+def call_rounds(
+    calls: Mapping[str, Callable[[], ItemT]], num_rounds: int, say: Callable[[str], object]
+) -> dict[str, list[ItemT]]:
+    """What each call returns, round after round.
+
+    Args:
+        calls: By name.
+        num_rounds: How often each is called.
+        say: Told how far it is.
+    """
+    results: dict[str, list[ItemT]] = {name: [] for name in calls}
+    for number in range(num_rounds):
+        say(f"round {number + 1} of {num_rounds}")
+        for name in in_turn(list(calls), number):
+            results[name].append(calls[name]())
+    return results
 
 
 class Clock:

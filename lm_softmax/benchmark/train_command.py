@@ -5,7 +5,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lm_softmax.benchmark.command import Report, checked, hush, natural, positive, say
+from lm_softmax.benchmark.command import (
+    Report,
+    add_command,
+    add_memory_and_warmups,
+    checked,
+    hush,
+    positive,
+    say,
+)
 from lm_softmax.benchmark.line_up import default_specs
 from lm_softmax.benchmark.plot import caption, draw
 from lm_softmax.benchmark.problem import DTYPES, ZIPF, Problem
@@ -30,13 +38,13 @@ before.
 
 def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "train",
-        help="time and memory of a training step, by vocabulary size",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "time and memory of a training step, by vocabulary size",
+        DESCRIPTION,
+        run=_run,
     )
-    parser.set_defaults(run=_run)
     group = parser.add_argument_group("what is measured")
     group.add_argument(
         "--vocab-sizes",
@@ -108,10 +116,7 @@ def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
         help="time each contestant in a process of its own, as trainings are: what others allocate"
         " decides on a CPU how many pages one gets anew (default: all in one process)",
     )
-    group.add_argument("--no-memory", dest="memory", action="store_false", help="leave it out")
-    group.add_argument(
-        "--warmups", type=natural, default=1, metavar="N", help="rounds before (default: 1)"
-    )
+    add_memory_and_warmups(group)
     add_common_options(parser)
 
 

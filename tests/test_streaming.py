@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lm_softmax import cli
 from lm_softmax.corpus import Corpus, Source, stream
-from lm_softmax.data import TextDataModule, streaming
-from lm_softmax.data.streaming import Reader, RowMaker, StreamLoader, StreamParts
+from lm_softmax.data import TextDataModule, stream_rows
+from lm_softmax.data.stream_rows import Reader, RowMaker
+from lm_softmax.data.streaming import StreamLoader, StreamParts
 from lm_softmax.vocab import SymbolCounter, Vocab, load_tokenizer
 
 EOS = 10**6
@@ -220,7 +221,7 @@ shards_ = st.lists(st.lists(st.integers(0, 12), max_size=4), min_size=3, max_siz
 @given(shards_, st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(1, 3))
 def test_every_token_is_a_target_exactly_once_over_ranks(shards, world, rows, block, run):
     numbers, agreement = Numbers(shards), Agreement(world)
-    before, streaming.RUN_BLOCKS = streaming.RUN_BLOCKS, run
+    before, stream_rows.RUN_BLOCKS = stream_rows.RUN_BLOCKS, run
     try:
 
         def work(rank):
@@ -229,7 +230,7 @@ def test_every_token_is_a_target_exactly_once_over_ranks(shards, world, rows, bl
 
         given_ = each_rank(world, work)
     finally:
-        streaming.RUN_BLOCKS = before
+        stream_rows.RUN_BLOCKS = before
     total = sum(sum(lengths) for lengths in shards)
     assert sorted(t for batches in given_ for t in targets_of(batches)) == [*range(total)]
     assert len({len(batches) for batches in given_}) == 1
@@ -258,7 +259,7 @@ def test_a_row_maker_goes_on_from_its_state(shards, rows, block, run, stop):
     def maker():
         return RowMaker(Reader(Numbers(shards), range(len(shards)), NumberVocab()), rows, block)
 
-    before, streaming.RUN_BLOCKS = streaming.RUN_BLOCKS, run
+    before, stream_rows.RUN_BLOCKS = stream_rows.RUN_BLOCKS, run
     try:
         whole, again = maker(), maker()
         for _ in range(stop):
@@ -270,7 +271,7 @@ def test_a_row_maker_goes_on_from_its_state(shards, rows, block, run, stop):
             assert torch.equal(one[1], other[1])
             assert one[2] == other[2]
     finally:
-        streaming.RUN_BLOCKS = before
+        stream_rows.RUN_BLOCKS = before
 
 
 @pytest.mark.parametrize("stop", [1, 31, 32, 33, 40])
@@ -463,7 +464,7 @@ class Recorder(pl.LightningModule):
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 @pytest.mark.parametrize("stop", [3, "epoch", 60])
 def test_training_resumed_is_training_uninterrupted(corpus, tmp_path, monkeypatch, stop):
-    monkeypatch.setattr(streaming, "RUN_BLOCKS", 2)
+    monkeypatch.setattr(stream_rows, "RUN_BLOCKS", 2)
 
     def train(ckpt_path=None, callbacks=(), steps=80):
         trainer = pl.Trainer(

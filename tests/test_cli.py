@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import lightning.pytorch as pl
@@ -27,6 +28,7 @@ from tiny import LOGITS_ALONE, NO_TAILS
 from lm_softmax import cli
 from lm_softmax.cli.checkpoint import RunCheckpoint
 from lm_softmax.cli.run_folder import FOLDER_OF_RUN, RunFolder
+from lm_softmax.cli.run_start import RunStart
 from lm_softmax.decoding import generate
 from lm_softmax.heads import FullSoftmax
 from lm_softmax.heads.cost_model import COST_MODELS
@@ -762,6 +764,14 @@ def test_figures_from_the_resumed_step_on_are_those_before_its_checkpoint(num_ro
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == expected
     found = [(int(row["step"]), float(row["train/loss"])) for row in rows(tmp_path)]
     assert found == expected
+
+
+def test_a_run_without_a_step_left_goes_back_to_the_rows_of_its_checkpoint(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2.0\n2,2.0\n4,2.0\n")
+    folder = RunFolder(tmp_path, resumes=True)
+    start = RunStart(None, None, folder=folder, vocab_path=None, step=3, num_rows=2)
+    start.on_fit_end(SimpleNamespace(loggers=folder.loggers(3)), None)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
 
 
 def test_metrics_that_a_kill_cut_off_are_read(tmp_path):

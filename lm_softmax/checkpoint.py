@@ -9,6 +9,7 @@ from lm_softmax.module import LanguageModel
 from lm_softmax.vocab import load_archive
 
 PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
+OPTIONS = ("counts", "vocab", "optimizer", "lr_scheduler", "tie_weights", "requested")
 
 
 class Checkpoint:
@@ -32,10 +33,11 @@ class Checkpoint:
         if not self.path.is_file():
             raise ValueError(f"no checkpoint {self.path}")
         self.content = load_archive(self.path)
-        hparams = self.content.get("hyper_parameters") if isinstance(self.content, dict) else None
-        if not isinstance(hparams, dict) or not {*PARTS, "requested", "vocab"} <= set(hparams):
-            raise ValueError(f"{self.path} is not the checkpoint of a language model")
-        self.hparams: dict[str, Any] = hparams
+        if missing := _missing(self.content):
+            raise ValueError(
+                f"{self.path} is not the checkpoint of a language model: it has no {missing}"
+            )
+        self.hparams: dict[str, Any] = self.content["hyper_parameters"]
         self.data_options: dict[str, Any] = self.content.get("datamodule_hyper_parameters", {})
 
     def model(self) -> LanguageModel:
@@ -49,9 +51,21 @@ class Checkpoint:
                 self.path, map_location="cpu", weights_only=True
             )
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{self.path} holds a model that cannot be built: {error}") from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{self.path} holds a model that cannot be built: {reason}") from error
 
     @property
     def step(self) -> int:
         """Optimizer steps that were done."""
         return int(self.content["global_step"])
+
+
+def _missing(content: Any) -> str:
+    """The first piece that a language model is made of and the content of a file lacks."""
+    for name in ("state_dict", "hyper_parameters"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+            return name
+    hparams = content["hyper_parameters"]
+    return next(
+        (f"hyper_parameters[{name!r}]" for name in (*PARTS, *OPTIONS) if name not in hparams), ""
+    )

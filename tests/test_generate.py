@@ -145,6 +145,8 @@ def test_prompts_of_a_file_and_of_standard_input(checkpoints, tmp_path):
     expected = done(*asked, "--prompt", "the cat", "--prompt", "the dog ran").out
     assert done(*asked, "--prompt-file", tmp_path / "prompts").out == expected
     assert done(*asked, "--prompt-file", "-", given=b"the cat\nthe dog ran\n").out == expected
+    marked = b"\xef\xbb\xbfthe cat\nthe dog ran\n"  # as some editors begin a file
+    assert done(*asked, "--prompt-file", "-", given=marked).out == expected
     both = done(*asked, "--prompt", "the cat", "--prompt-file", "-", given=b"the dog ran\n")
     assert both.out == expected
 
@@ -260,23 +262,50 @@ X = ["--checkpoint", "{}/lstm.ckpt"]
         ([], "the following arguments are required: --checkpoint"),
         (["--checkpoint", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["--checkpoint", "{}/damaged.ckpt"], "damaged.ckpt is damaged or incomplete"),
-        (["--checkpoint", "{}/other.ckpt"], "other.ckpt is not the checkpoint of a language model"),
+        (
+            ["--checkpoint", "{}/other.ckpt"],
+            "other.ckpt is not the checkpoint of a language model: it has no hyper_parameters\n",
+        ),
+        (["--checkpoint", "{}/weightless.ckpt"], "of a language model: it has no state_dict\n"),
+        (["--checkpoint", "{}/countless.ckpt"], "it has no hyper_parameters['counts']\n"),
+        (["--checkpoint", "{}/tensor.ckpt"], "of a language model: it has no state_dict\n"),
+        (
+            ["--checkpoint", "{}/versionless.ckpt"],
+            "cannot be built: 'pytorch-lightning_version' is missing\n",
+        ),
         (["--checkpoint", "{}/alien.ckpt"], "alien.ckpt holds a model that cannot be built: "),
         (["--checkpoint", "{}/wordless.ckpt"], "wordless.ckpt holds no vocabulary"),
         (["--checkpoint", "{}/text"], "no archive that torch.save wrote"),
-        ([*X, "--prompt", ""], "prompt '' is empty: give a word, or no prompt at all"),
+        ([*X, "--prompt", ""], "prompt '' is empty: give a word, or leave it out"),
         ([*X, "--prompt", "the", "--prompt", " \t"], "prompt ' \\t' is empty"),
-        ([*X, "--prompt", "zebra gnu"], "no word of the prompt 'zebra gnu' is among the "),
+        (
+            [*X, "--prompt", "zebra gnu"],
+            "prompt 'zebra gnu' has no word that is among the 8 known ones",
+        ),
         ([*X, "--prompt", "the \udcff"], "is not UTF-8"),
         ([*X, "--prompt-file", "nowhere"], "No such file or directory: nowhere"),
         ([*X, "--prompt-file", "{}"], "Is a directory: "),
         ([*X, "--prompt-file", "{}/empty"], "empty holds no prompt"),
-        ([*X, "--prompt-file", "{}/blank"], "prompt '' is empty"),
+        (
+            [*X, "--prompt-file", "{}/blank"],
+            "/blank: line 2 '' is empty: give a word, or leave it out",
+        ),
+        ([*X, "--prompt-file", "{}/foreign"], "foreign: line 3 'zebra gnu' has no word that is"),
+        ([*X, "--prompt-file", "-"], "error: standard input holds no prompt\n"),
+        ([*X, "--score", "-"], "error: standard input holds no sentence\n"),
+        ([*X, "--prompt", "gnu" * 99_999], f"error: prompt '{'gnu' * 20}...' has no word that"),
         ([*X, "--prompt-file", "{}/latin1"], "latin1: line 2 is not UTF-8"),
         ([*X, "--score", "{}/latin1"], "latin1: line 2 is not UTF-8"),
         ([*X, "--score", "nowhere"], "No such file or directory: nowhere"),
         ([*X, "--score", "{}/empty"], "empty holds no sentence"),
         ([*X, "--num-tokens", "0"], "num_tokens must be at least 1, got 0"),
+        ([*X, "--num-tokens", str(2**63)], f"num_tokens must be below 2**63, got {2**63}"),
+        ([*X, "--num-tokens", str(2**63), "--beams", "2"], "num_tokens must be below 2**63, got"),
+        ([*X, "--num-tokens", "9" * 5000], "argument --num-tokens: invalid int value: ...\n"),
+        (
+            [*X, "--beams", "99999999", "--num-tokens", "99"],
+            "num_beams=99999999 of 1 prompts would",
+        ),
         ([*X, "--num-tokens", "x"], "argument --num-tokens: invalid int value: 'x'"),
         ([*X, "--temperature", "-1"], "temperature must be at least 0 (0 is greedy), got -1.0"),
         ([*X, "--temperature", "nan"], "temperature must be at least 0 (0 is greedy), got nan"),
@@ -305,6 +334,7 @@ def test_a_wrong_command_ends_in_one_line(words, message, checkpoints):
         "text": b"hello",
         "empty": b"",
         "blank": b"the cat\n\nthe dog\n",
+        "foreign": b"the cat\r\nthe dog\r\nzebra gnu\r\n",
         "latin1": b"the\n\xe9t\xe9\n",
         "damaged.ckpt": (checkpoints / "lstm.ckpt").read_bytes()[:-3000],
     }.items():
@@ -314,8 +344,14 @@ def test_a_wrong_command_ends_in_one_line(words, message, checkpoints):
     hparams = content["hyper_parameters"]
     changed = {
         "wordless": hparams | {"vocab": None},
+        "countless": {name: value for name, value in hparams.items() if name != "counts"},
         "alien": hparams | {"head": {"class_path": "my_heads.Mine", "init_args": {}}},
     }
+    torch.save({"hyper_parameters": hparams}, checkpoints / "weightless.ckpt")
+    torch.save(torch.zeros(2), checkpoints / "tensor.ckpt")
+    version = content.pop("pytorch-lightning_version")
+    torch.save(content, checkpoints / "versionless.ckpt")
+    content["pytorch-lightning_version"] = version
     for name, parts in changed.items():
         torch.save(content | {"hyper_parameters": parts}, checkpoints / f"{name}.ckpt")
     said = call(*(word.format(checkpoints) for word in words))
@@ -344,3 +380,25 @@ def test_a_reader_that_leaves(checkpoints):
         process.stdout.close()
         errors = process.stderr.read()
     assert (process.returncode, errors) == (141, "")
+
+
+def test_no_more_is_kept_than_was_made(checkpoints, monkeypatch):
+    """The largest number of tokens costs what is made until a text ends."""
+    asked = ["--checkpoint", checkpoints / "lstm.ckpt", "--prompt", "the cat", "--stop-at-eos"]
+    asked += ["--temperature", 2]
+    few, most = (done(*asked, "--num-tokens", number) for number in (300, 2**63 - 1))
+    assert few.out == most.out
+
+
+def test_a_full_disk_and_closed_streams(checkpoints):
+    asked = [sys.executable, "-m", "lm_softmax.generate", "--num-tokens", "3"]
+    asked += ["--checkpoint", str(checkpoints / "lstm.ckpt")]
+    for stream, code, expected in (
+        ("> /dev/full", 2, "error: No space left on device: standard output\n"),
+        (">&-", 2, "error: standard output is closed\n"),
+        ("2>&-", 0, ""),
+    ):
+        ended = subprocess.run(
+            ["sh", "-c", f'"$@" {stream}', "sh", *asked], capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stderr) == (code, expected)

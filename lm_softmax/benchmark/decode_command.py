@@ -209,6 +209,7 @@ def _random(options: argparse.Namespace) -> Iterator[list[Trial]]:
 def _trained(options: argparse.Namespace) -> Iterator[list[Trial]]:
     """The head of the checkpoint, and that of its source."""
     from lm_softmax.benchmark import trained
+    from lm_softmax.validation import hidden_vectors, validation_text
 
     dtype = DTYPES[options.dtype]
     checkpoint, model = trained.load(options.checkpoint)
@@ -218,11 +219,16 @@ def _trained(options: argparse.Namespace) -> Iterator[list[Trial]]:
         trained.check_source(*models.values())
     if model.head.vocab_size < MOST:
         raise ValueError(f"{options.checkpoint} has {model.head.vocab_size} words, too few")
-    data = trained.validation_text(checkpoint, options.data_path)
+    data = validation_text(checkpoint, options.data_path)
     trials = []
     for path, own in models.items():
         say(f"{path}: hidden vectors")
-        hidden = trained.hidden_vectors(own, data, options.num_vectors)
+        hidden = hidden_vectors(own, data, options.num_vectors)
+        if len(hidden) < options.num_vectors:
+            raise ValueError(
+                f"the validation split has {len(hidden)} positions,"
+                f" --num-vectors {options.num_vectors} are asked for"
+            )
         head = own.head.to(options.device, dtype)
         label = type(head).__name__ + (" (source)" if path == options.source else "")
         source = trained.Trained(path, options.device, dtype)

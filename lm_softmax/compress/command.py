@@ -18,6 +18,7 @@ from lm_softmax.compress.convert import METHODS
 from lm_softmax.compress.study import Study, hush
 from lm_softmax.heads import SVDPreview
 from lm_softmax.specs import Spec, parse_spec
+from lm_softmax.terminal import READER_LEFT, Parser, check_streams, drop_output
 
 PROGRAM = "python -m lm_softmax.compress"
 DESCRIPTION = """\
@@ -38,6 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     parser = _make_parser()
     options = parser.parse_args(words)
+    check_streams(parser)
     try:
         _check(options)
         report = Study(options).run()
@@ -53,7 +55,15 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         parser.error(str(error))
     hush()
-    sys.stdout.write("\n".join(_lines(report, options)) + "\n")
+    try:
+        sys.stdout.write("\n".join(_lines(report, options)) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has enough
+        drop_output()
+        return READER_LEFT
+    except OSError as error:
+        drop_output()
+        parser.error(f"{error.strerror}: standard output; the files are written")
     return 0
 
 
@@ -110,7 +120,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="default: cuda where there is one",
     )
     group.add_argument("--threads", type=_positive, metavar="N", help="threads of torch")
-    group.add_argument("--seed", type=int, default=1, help="of fine-tuning (default: 1)")
+    group.add_argument("--seed", type=_seed, metavar="N", help="of fine-tuning (default: 1)")
     return parser
 
 
@@ -126,6 +136,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("there is nothing to fine-tune without --head")
     if options.lr is not None and not finetunes:
         raise ValueError("--lr is that of fine-tuning: add --finetune-minutes or --finetune-steps")
+    if options.seed is not None and not finetunes:
+        raise ValueError(
+            "--seed is that of fine-tuning: add --finetune-minutes or --finetune-steps"
+            " (k-means has one of its own, seed= of the head)"
+        )
+    if options.force and output is None:
+        raise ValueError("--force replaces what --output names: give both")
     for name in ("data_path", "eval_batches", "finetune_minutes", "finetune_steps"):
         if options.no_eval and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} needs data, --no-eval reads none")
@@ -165,6 +182,8 @@ def _write_json(report: dict[str, Any], path: Path) -> None:
     try:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -227,6 +246,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**32, got {text!r}")
+    return int(text)
+
+
 def _above_zero(text: str) -> float:
     try:
         number = float(text)
@@ -237,8 +262,8 @@ def _above_zero(text: str) -> float:
     return number
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
-        """Ends the program with one line."""
+        """Ends the program with one line, in place of the last one."""
         hush()
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        super().error(message)

@@ -1,4 +1,4 @@
-"""What a model costs: size, and time of its top k on the hidden vectors of real text."""
+"""What a model costs: size, and time of its top k."""
 
 import statistics
 import time
@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lm_softmax.data import TextDataModule
 from lm_softmax.heads import TopK
-from lm_softmax.module import LanguageModel
 
 Finder = Callable[[Tensor, int], TopK]
-NUM_HIDDEN = 1024  # positions of the validation split that speed and agreement are measured on
 BATCHES = {1: 16, 64: 2}  # batch size: calls timed at once
 NUM_ROUNDS = 7
 MOST = 10  # the larger k
@@ -54,19 +51,6 @@ def megabytes(module: nn.Module) -> float:
 def num_parameters(model: nn.Module) -> int:
     """Shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@torch.no_grad()
-def hidden_vectors(model: LanguageModel, data: TextDataModule) -> Tensor:
-    """Hidden vectors of the first positions of the validation split, `(N, hidden_size)`."""
-    found: list[Tensor] = []
-    state, device = None, next(model.parameters()).device
-    for batch in data.val_dataloader():
-        hidden, state = model.encoder(batch.tokens.to(device), state if batch.carry else None)
-        found.append(hidden[batch.target.to(device) != model.head.ignore_index])
-        if sum(map(len, found)) >= NUM_HIDDEN:
-            break
-    return torch.cat(found)[:NUM_HIDDEN]
 
 
 def ms_per_token(

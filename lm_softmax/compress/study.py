@@ -21,7 +21,6 @@ from lm_softmax.compress.figures import (
     MOST,
     Figures,
     Finder,
-    hidden_vectors,
     megabytes,
     ms_per_token,
     num_parameters,
@@ -31,8 +30,11 @@ from lm_softmax.data import TextDataModule
 from lm_softmax.heads import SVDPreview, TopK, agreement
 from lm_softmax.module import LanguageModel
 from lm_softmax.specs import Spec
+from lm_softmax.validation import hidden_vectors, validation_text
 
 FORMAT = 1  # of the JSON file: raise it when what a key means changes
+NUM_HIDDEN = 1024  # positions of the validation split that speed and agreement are measured on
+SEED = 1  # of fine-tuning
 SHARE_OF_LR = 0.1  # of the run's learning rate, for fine-tuning
 
 
@@ -85,28 +87,13 @@ class Study:
 
     def _data(self) -> TextDataModule:
         """The data of the run, their vocabulary that of the checkpoint; raises if out of reach."""
-        path, options = self.options.data_path, self.checkpoint.data_options
-        known = inspect.signature(TextDataModule).parameters
-        options = {name: value for name, value in options.items() if name in known}
-        if path is not None:
-            options |= {"path": path, "name": None, "data_files": None}
-        if "path" not in options:
-            raise ValueError(
-                f"{self.checkpoint.path} does not say what it was trained on: give --data-path, or"
-                " --no-eval to do without"
-            )
-        if self.source.vocab is None:
-            raise ValueError(f"{self.checkpoint.path} holds no vocabulary to read text with")
-        options["vocab_path"] = str(self.checkpoint.path)
         try:
-            data = TextDataModule(**options)
-            data.val_dataloader()
+            data = validation_text(self.checkpoint, self.options.data_path)
             if self.finetunes:
                 data.train_dataloader()
         except (ValueError, OSError) as error:
-            raise ValueError(
-                f"no data to measure on: {error} (--data-path names others, --no-eval does without)"
-            ) from error
+            hint = "" if self.finetunes else "; --no-eval does without"
+            raise ValueError(f"{error}{hint}") from error
         return data
 
     def _preview(self, spec: Spec) -> SVDPreview:
@@ -126,7 +113,7 @@ class Study:
         row.val_ppl = perplexity(model, self.data, options.device, options.eval_batches)
         model.to(options.device).eval()
         head = model.head if model is self.source else copy.deepcopy(model.head)
-        self._find(row, head.topk, hidden_vectors(model, self.data))
+        self._find(row, head.topk, hidden_vectors(model, self.data, NUM_HIDDEN))
 
     def _look_at_preview(self, name: str, preview: SVDPreview) -> None:
         """A row for an approximate top k of the source."""
@@ -152,7 +139,7 @@ class Study:
             default = inspect.signature(cls).parameters["lr"].default
             lr = SHARE_OF_LR * float(spec["init_args"].get("lr", default))
         say(f"fine-tuning with lr {lr:g}")
-        pl.seed_everything(options.seed, verbose=False)
+        pl.seed_everything(SEED if options.seed is None else options.seed, verbose=False)
         steps = finetune(
             model,
             self.data,

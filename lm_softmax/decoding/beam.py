@@ -18,7 +18,7 @@ from lm_softmax.decoding.stepping import (
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 
-MOST_BEAMS = 2**31 - 1
+MOST_CONTINUATIONS = 2**27  # ranked at once, some gigabytes
 MOST_EXPONENT = 700.0  # of e in float64
 
 
@@ -67,7 +67,9 @@ def beam_search(
         head: Turns a hidden vector into a distribution.
         prompt: Ids, at least one a row.
         num_tokens: Largest number of tokens to add, at least 1.
-        num_beams: Number of hypotheses that stay open, at least 1.
+        num_beams: Number of hypotheses that stay open, at least 1. A step ranks their
+            continuations, `batch * num_beams * min(vocab_size, num_beams + 1)` of them, at most
+            2**27.
         length_penalty: Exponent of the length that the log-probability is divided by: 0 ranks
             finished hypotheses by their probability, which prefers short ones, 1 by the mean a
             token, more prefers long ones. Hypotheses of one length have the same order with any.
@@ -93,13 +95,12 @@ def beam_search(
     check_prompt(prompt, head.vocab_size, eos_id)
     check_num_tokens(num_tokens)
     _check_options(num_beams, num_return, length_penalty, num_tokens)
+    _check_size(prompt.shape[0], num_beams, num_tokens, head.vocab_size)
     head = without(head, suppress)
     stepper = Stepper(encoder, use_cache=use_cache)
     beams = _Beams(prompt, num_beams, length_penalty, eos_id)
     with evaluating(encoder, head):
         hidden = stepper.feed(prompt.to(torch.int64))
-        stepper.select_rows(beams.rows_of_prompt())
-        hidden = hidden.repeat_interleave(num_beams, 0)
         for step in range(num_tokens):
             # one more than the beams: `<eos>` may be among the best, and leaves them
             best = head.topk(hidden, min(head.vocab_size, num_beams + 1))
@@ -115,40 +116,36 @@ class _Beams:
     """Open and finished hypotheses of each row of a prompt.
 
     Attributes:
-        tokens: Those of the open ones, `(batch * num_beams, length)`.
-        sums: Their log-probabilities, `(batch, num_beams)`; `-inf` for places that are not taken.
+        tokens: Those of the open ones, `(batch * width, length)`; a row begins with one, of no
+            token, and has `num_beams` as soon as there are as many.
+        sums: Their log-probabilities, `(batch, width)`; `-inf` for places that are not taken.
     """
 
     def __init__(
         self, prompt: Tensor, num_beams: int, length_penalty: float, eos_id: int | None
     ) -> None:
         batch, device = prompt.shape[0], prompt.device
-        self.num_beams, self.length_penalty, self.eos_id = num_beams, length_penalty, eos_id
+        self.num_beams = min(num_beams, MOST_CONTINUATIONS)  # no step has more
+        self.length_penalty, self.eos_id = length_penalty, eos_id
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which it lacks
-        self.tokens = torch.zeros(batch * num_beams, 0, dtype=torch.int64, device=device)
-        self.sums = torch.full((batch, num_beams), -torch.inf, dtype=dtype, device=device)
-        self.sums[:, 0] = 0
+        self.tokens = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(batch, 1, dtype=dtype, device=device)
         self.finished: list[list[Hypothesis]] = [[] for _ in range(batch)]
-
-    def rows_of_prompt(self) -> Int[Tensor, "batch*beam"]:
-        """The row of the prompt that each open hypothesis continues."""
-        batch = torch.arange(len(self.finished), device=self.tokens.device)
-        return batch.repeat_interleave(self.num_beams)
 
     def extend(
         self,
-        log_probs: Float[Tensor, "batch*beam k"],
-        indices: Int[Tensor, "batch*beam k"],
-    ) -> Int[Tensor, "batch*beam"]:
+        log_probs: Float[Tensor, "batch*width k"],
+        indices: Int[Tensor, "batch*width k"],
+    ) -> Int[Tensor, "batch*width"]:
         """Takes the best words of each open hypothesis; returns the rows that went on."""
-        batch, k = len(self.finished), indices.shape[1]
+        (batch, width), k = self.sums.shape, indices.shape[1]
         totals = (self.sums.view(-1, 1) + log_probs.to(self.sums.dtype)).reshape(batch, -1)
         if totals.isnan().any():
             raise ValueError("the model gives some hypothesis no probability, but nan")
         words = indices.reshape(batch, -1)
         totals, order = totals.sort(dim=-1, descending=True, stable=True)
         words = words.gather(1, order)
-        parents = order // k + self.num_beams * torch.arange(batch, device=order.device)[:, None]
+        parents = order // k + width * torch.arange(batch, device=order.device)[:, None]
         ends = torch.zeros_like(words, dtype=torch.bool)
         if self.eos_id is not None:
             ends = words == self.eos_id
@@ -169,7 +166,7 @@ class _Beams:
     def best(self, num_return: int) -> list[list[Hypothesis]]:
         """The finished hypotheses of each row, and the open ones, by descending score."""
         sums = self.sums.tolist()
-        tokens = self.tokens.view(len(sums), self.num_beams, -1).tolist()
+        tokens = self.tokens.view(*self.sums.shape, -1).tolist()
         found = []
         for done, row_sums, row_tokens in zip(self.finished, sums, tokens, strict=True):
             rest = [
@@ -205,8 +202,6 @@ class _Beams:
 def _check_options(num_beams: int, num_return: int, length_penalty: float, num_tokens: int) -> None:
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-    if num_beams > MOST_BEAMS:
-        raise ValueError(f"num_beams must be at most {MOST_BEAMS}, got {num_beams}")
     if not 1 <= num_return <= num_beams:
         raise ValueError(
             f"num_return must be in [1, num_beams={num_beams}], got {num_return}:"
@@ -218,4 +213,15 @@ def _check_options(num_beams: int, num_return: int, length_penalty: float, num_t
         raise ValueError(
             f"length_penalty={length_penalty} is too large: {num_tokens} tokens to that power are"
             " no number"
+        )
+
+
+def _check_size(batch: int, num_beams: int, num_tokens: int, vocab_size: int) -> None:
+    """Refuse a search whose widest step does not fit into memory."""
+    width = min(num_beams, vocab_size ** min(num_tokens - 1, num_beams.bit_length()))
+    num_ranked = batch * width * min(vocab_size, num_beams + 1)
+    if num_ranked > MOST_CONTINUATIONS:
+        raise ValueError(
+            f"num_beams={num_beams} of {batch} prompts would rank {num_ranked} continuations in a"
+            f" step, more than {MOST_CONTINUATIONS}: lower num_beams"
         )

@@ -42,7 +42,7 @@ def generate(
         encoder: Turns tokens into hidden vectors.
         head: Turns a hidden vector into a distribution.
         prompt: Ids, at least one a row.
-        num_tokens: Number of tokens to add, at least 1.
+        num_tokens: Number of tokens to add, at least 1 and below 2**63.
         temperature: Exponent `1 / temperature` of the probabilities. 0 takes the most probable
             word, whatever `top_k` and `top_p`, which never exclude it.
         top_k: Draw among the `top_k` most probable words only.
@@ -74,13 +74,10 @@ def generate(
         generator=generator,
         use_cache=use_cache,
     )
-    batch, time = prompt.shape
+    made = torch.stack(list(steps), 1)
     fill = 0 if eos_id is None else eos_id
-    tokens = prompt.new_full((batch, time + num_tokens), fill, dtype=torch.int64)
-    tokens[:, :time] = prompt
-    for position, drawn in enumerate(steps, start=time):
-        tokens[:, position] = drawn
-    return tokens
+    rest = made.new_full((len(made), num_tokens - made.shape[1]), fill)
+    return torch.cat([prompt.to(torch.int64), made, rest], 1)
 
 
 def stream(

@@ -77,9 +77,11 @@ def check_prompt(prompt: Tensor, vocab_size: int, eos_id: int | None) -> None:
 
 
 def check_num_tokens(num_tokens: int) -> None:
-    """Refuse to add no token."""
+    """Refuse to add no token, or more than can be counted."""
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    if num_tokens >= 2**63:
+        raise ValueError(f"num_tokens must be below 2**63, got {num_tokens}")
 
 
 def without(head: OutputHead, suppress: Sequence[int]) -> OutputHead:

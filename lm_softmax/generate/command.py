@@ -1,21 +1,21 @@
 """The command: its options, which of them go together, and errors of one line."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from lm_softmax.allocator import keep_pages
 from lm_softmax.checkpoint import Checkpoint
 from lm_softmax.generate.scores import write_scores
-from lm_softmax.generate.texts import encode_prompts, write_best, write_text
+from lm_softmax.generate.texts import Prompt, encode_prompts, write_best, write_text
 from lm_softmax.module import LanguageModel
+from lm_softmax.terminal import READER_LEFT, Parser, check_streams, drop_output
 
 PROGRAM = "python -m lm_softmax.generate"
 DEFAULTS: dict[str, Any] = {"num_tokens": 64, "seed": 0, "temperature": 0.8, "n_best": 1}
@@ -27,7 +27,6 @@ MODES = {
     "--beams": COMMON | TEXT | {"beams", "length_penalty", "n_best"},
     "sampling": COMMON | TEXT | {"temperature", "top_k", "top_p", "seed"},
 }
-SIGPIPE = 13
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,8 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     parser = _make_parser()
     options = parser.parse_args(args)
-    if sys.stdout is None:
-        parser.error("standard output is closed")
+    check_streams(parser)
     keep_pages()
     try:
         _check_mode(options)
@@ -49,11 +47,11 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write("\ninterrupted\n")
         return 130
     except BrokenPipeError:  # whoever read has enough
-        _drop_output()
-        return 128 + SIGPIPE
+        drop_output()
+        return READER_LEFT
     except OSError as error:
         if error.filename is None:
-            _drop_output()
+            drop_output()
         name = "standard output" if error.filename is None else error.filename
         parser.error(f"{error.strerror or error}: {name}")
     except (ValueError, ImportError) as error:
@@ -67,23 +65,21 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     device = _device(options.device)
-    prompts = list(options.prompt or [])
+    prompts = [Prompt(text, "prompt") for text in options.prompt or []]
     if options.prompt_file is not None:
-        prompts += _read_lines(options.prompt_file)
-        if not prompts:
-            raise ValueError(f"{options.prompt_file} holds no prompt")
+        prompts += _read_prompts(options.prompt_file)
     model = _load(options.checkpoint).to(device)
     begin = time.perf_counter()
     if options.score is not None:
         lines = _read_lines(options.score)
-        report = write_scores(model, lines, options.score, per_token=options.per_token)
+        report = write_scores(model, lines, _name(options.score), per_token=options.per_token)
     else:
         report = _write_texts(model, prompts, options)
     sys.stderr.write(f"{report(time.perf_counter() - begin)}\n")
 
 
 def _write_texts(
-    model: LanguageModel, prompts: Sequence[str], options: argparse.Namespace
+    model: LanguageModel, prompts: Sequence[Prompt], options: argparse.Namespace
 ) -> Callable[[float], str]:
     """Continues each prompt, one after the other."""
     assert model.vocab is not None
@@ -145,12 +141,6 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _drop_output() -> None:
-    """Lets go of what standard output did not take, lest Python tries again at its end."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _read_lines(source: str) -> Iterator[str]:
     """Lines of a file, or of standard input for `-`, without their ends."""
     stdin = source == "-"
@@ -159,10 +149,24 @@ def _read_lines(source: str) -> Iterator[str]:
     with nullcontext(sys.stdin.buffer) if stdin else open(source, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield line.decode("utf-8").rstrip("\r\n")
+                text = line.decode("utf-8" if number > 1 else "utf-8-sig")  # a byte order mark
+                yield text.rstrip("\r\n")
             except UnicodeDecodeError:
-                name = "standard input" if stdin else source
-                raise ValueError(f"{name}: line {number} is not UTF-8") from None
+                raise ValueError(f"{_name(source)}: line {number} is not UTF-8") from None
+
+
+def _read_prompts(source: str) -> list[Prompt]:
+    found = [
+        Prompt(line, f"{_name(source)}: line {number}")
+        for number, line in enumerate(_read_lines(source), start=1)
+    ]
+    if not found:
+        raise ValueError(f"{_name(source)} holds no prompt")
+    return found
+
+
+def _name(source: str) -> str:
+    return "standard input" if source == "-" else source
 
 
 def _or_default(options: argparse.Namespace, name: str) -> Any:
@@ -194,7 +198,7 @@ def _check_mode(options: argparse.Namespace) -> None:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Continues prompts with the model of a checkpoint, which is all it needs, or"
         " tells how probable it finds given sentences. Without a prompt a text begins where a"
@@ -239,9 +243,3 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--score", metavar="FILE", help="a sentence a line, its <eos> counts; - for standard input")
     add("--per-token", action="store_true", help="the log-probability of each token as well")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with one line."""
-        self.exit(2, f"error: {' '.join(message.split())}\n")

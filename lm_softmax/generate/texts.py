@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from lm_softmax.module import LanguageModel
 from lm_softmax.vocab import Vocab
 
 PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what the bytes of a part of a character decode to
+LONGEST = 60  # characters of a prompt in a message
 
 
 class Detokenizer:
@@ -46,7 +47,23 @@ class Detokenizer:
         return self._vocab.decode(self._ids)[len(shown) :]
 
 
-def encode_prompts(vocab: Vocab, prompts: Sequence[str]) -> list[list[int]]:
+class Prompt(NamedTuple):
+    """A text to continue.
+
+    Attributes:
+        text: The text.
+        place: Where it comes from, for messages.
+    """
+
+    text: str
+    place: str
+
+    def __str__(self) -> str:
+        text = self.text if len(self.text) <= LONGEST else f"{self.text[:LONGEST]}..."
+        return f"{self.place} {text!r}"
+
+
+def encode_prompts(vocab: Vocab, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Ids of each prompt after the `<eos>` that a text begins with; of no prompt, that alone.
 
     Raises:
@@ -55,16 +72,14 @@ def encode_prompts(vocab: Vocab, prompts: Sequence[str]) -> list[list[int]]:
     encoded = []
     for prompt in prompts:
         try:
-            prompt.encode()
+            prompt.text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"prompt {prompt!r} is not UTF-8") from None
-        ids = vocab.encode(prompt)
+            raise ValueError(f"{prompt} is not UTF-8") from None
+        ids = vocab.encode(prompt.text)
         if not ids:
-            raise ValueError(f"prompt {prompt!r} is empty: give a word, or no prompt at all")
+            raise ValueError(f"{prompt} is empty: give a word, or leave it out")
         if all(id_ == vocab.unk_id for id_ in ids):
-            raise ValueError(
-                f"no word of the prompt {prompt!r} is among the {len(vocab):,} of the vocabulary"
-            )
+            raise ValueError(f"{prompt} has no word that is among the {len(vocab):,} known ones")
         encoded.append([vocab.eos_id, *ids])
     return encoded or [[vocab.eos_id]]
 

@@ -203,7 +203,17 @@ PROMPT = torch.zeros(2, 3, dtype=torch.int64)
         (PROMPT, {"num_beams": 0}, "num_beams must be at least 1, got 0"),
         (PROMPT, {"num_return": 0}, r"num_return must be in \[1, num_beams=4\], got 0"),
         (PROMPT, {"num_return": 5}, r"num_return must be in \[1, num_beams=4\], got 5"),
-        (PROMPT, {"num_beams": 10**20}, "num_beams must be at most 2147483647, got 1000"),
+        (
+            PROMPT,
+            {"num_tokens": 2**63},
+            "num_tokens must be below 2\\*\\*63, got 9223372036854775808",
+        ),
+        (
+            PROMPT,
+            {"num_beams": 10**20, "num_tokens": 14},
+            f"num_beams={10**20} of 2 prompts would rank {2 * 4**14} continuations in a step, more"
+            f" than {2**27}: lower num_beams",
+        ),
         (PROMPT, {"length_penalty": math.nan}, "length_penalty must be a finite number, got nan"),
         (PROMPT, {"length_penalty": 1e9}, "length_penalty=1000000000.0 is too large"),
         (PROMPT, {"length_penalty": -1e9}, "length_penalty=-1000000000.0 is too large"),
@@ -217,6 +227,23 @@ def test_refuses_impossible_options(prompt, options, shown):
     with pytest.raises(ValueError, match=shown):
         beam_search(encoder, TableHead(table()), prompt, **({"num_tokens": 2} | options))
     assert encoder.calls == []
+
+
+def test_more_beams_than_there_are_texts_cost_no_more_than_these():
+    for num_tokens in (1, 3):
+        (few,) = beam_search(
+            SumEncoder(), TableHead(table()), PROMPT[:1], num_tokens, num_beams=64, num_return=64
+        )
+        (many,) = beam_search(
+            SumEncoder(),
+            TableHead(table()),
+            PROMPT[:1],
+            num_tokens,
+            num_beams=10**20,
+            num_return=10**20,
+        )
+        assert many == few
+        assert len(few) == 4**num_tokens
 
 
 def test_refuses_nan():

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lm_softmax.encoders import Encoder
 from lm_softmax.heads import OutputHead
 from lm_softmax.module import LanguageModel
 from lm_softmax.vocab import load_archive
 
 PARTS: dict[str, type] = {"encoder": Encoder, "head": OutputHead}
+PIECES = {"state_dict": dict, "hyper_parameters": dict, "pytorch-lightning_version": str}
 OPTIONS = ("counts", "vocab", "optimizer", "lr_scheduler", "tie_weights", "requested")
 
 
@@ -30,6 +33,8 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder: name a checkpoint in it")
         if not self.path.is_file():
             raise ValueError(f"no checkpoint {self.path}")
         self.content = load_archive(self.path)
@@ -56,16 +61,25 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were done."""
+        """Optimizer steps that were done.
+
+        Raises:
+            ValueError: If it does not say so.
+        """
+        if "global_step" not in self.content:
+            raise ValueError(f"{self.path} does not say after how many steps it was written")
         return int(self.content["global_step"])
 
 
 def _missing(content: Any) -> str:
     """The first piece that a language model is made of and the content of a file lacks."""
-    for name in ("state_dict", "hyper_parameters"):
-        if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+    for name, kind in PIECES.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
             return name
-    hparams = content["hyper_parameters"]
-    return next(
-        (f"hyper_parameters[{name!r}]" for name in (*PARTS, *OPTIONS) if name not in hparams), ""
-    )
+    for name in (*PARTS, *OPTIONS):
+        if name not in content["hyper_parameters"]:
+            return f"hyper_parameters[{name!r}]"
+    for name, value in content["state_dict"].items():
+        if not isinstance(value, Tensor):
+            return f"tensor state_dict[{name!r}]"
+    return ""

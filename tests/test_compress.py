@@ -323,6 +323,19 @@ class TestFineTuning:
         assert rows[2]["val_ppl"] == pytest.approx(perplexity(load(first), place), rel=1e-4)
         assert rows[1]["top_10"] < 1
 
+    def test_draws_from_its_seed(self, make, tmp_path):
+        encoder = partial(
+            LSTMEncoder, embedding_size=HIDDEN, hidden_size=HIDDEN, output_dropout=0.5
+        )
+        source, found = make("dropout", encoder=encoder), []
+        for words in ((), ("--seed", 1), ("--seed", 2)):
+            output = tmp_path / f"{len(found)}.ckpt"
+            words = ("--head", LOW, "--output", output, "--finetune-steps", 3, *words)
+            done("--checkpoint", source, *words, "--eval-batches", 1)
+            found.append(load(output).head.weight)
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+
     def test_of_codes_keeps_the_codes(self, full, tmp_path):
         plain, tuned = tmp_path / "plain.ckpt", tmp_path / "tuned.ckpt"
         done("--checkpoint", full, "--head", CODED, "--output", plain, "--no-eval")
@@ -370,8 +383,8 @@ def test_data_elsewhere(full, place, tmp_path):
     torch.save(content, moved)
     words = ("--checkpoint", moved, "--head", LOW, "--output", tmp_path / "y.ckpt")
     line = error_of(*words)
-    assert line.startswith("no data to measure on: ")
-    assert line.endswith(" (--data-path names others, --no-eval does without)")
+    assert line.startswith("no text to measure on: ")
+    assert line.endswith(" (--data-path names another); --no-eval does without")
     done(*words, "--data-path", place / "corpus", "--eval-batches", 1)
     line = error_of(*words, "--force", "--data-path", tmp_path / "nowhere")
     assert "nowhere" in line
@@ -453,6 +466,12 @@ def test_a_file_that_is_no_checkpoint_is_refused(full, tmp_path):
             ("--head", LOW, "--output", "y.ckpt", "--no-eval", "--finetune-steps", 3),
             "--finetune-steps needs data, --no-eval reads none",
         ),
+        (("--head", LOW, "--output", "y.ckpt", "--seed", 3), "--seed is that of fine-tuning: add"),
+        (
+            ("--head", LOW, "--output", "y.ckpt", "--finetune-steps", 3, "--seed", -1),
+            "--seed: expected a whole number below 2**32, got '-1'",
+        ),
+        (("--preview", "SVDPreview", "--force"), "--force replaces what --output names: give both"),
         (("--preview", "SVDPreview", "--no-eval"), "--preview is measured on data"),
         (("--preview", "SVDPreview(window=9)"), "window must be in [1, 8], got 9"),
         (("--preview", "SVDPreview(size=9)"), "no option size, but window, num_rescored"),
@@ -513,6 +532,40 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(full, tmp_path):
     assert ended.stderr == f"error: cannot write {tmp_path / 'y.ckpt'}: File too large\n"
     assert ended.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stream", "code", "message", "written"),
+    [
+        (">&-", 2, "error: standard output is closed\n", False),
+        (
+            "> /dev/full",
+            2,
+            "error: No space left on device: standard output; the files are written\n",
+            True,
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_printed(stream, code, message, written, full, tmp_path):
+    words = ["--checkpoint", full, "--head", LOW, "--output", tmp_path / "y.ckpt", "--no-eval"]
+    command = [sys.executable, "-m", "lm_softmax.compress", *map(str, words)]
+    ended = subprocess.run(
+        ["sh", "-c", f'"$@" {stream}', "sh", *command], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (code, message)
+    assert len(list(tmp_path.iterdir())) == 2 * written
+
+
+def test_a_reader_of_the_table_that_leaves(full, tmp_path):
+    words = ["--checkpoint", full, "--head", LOW, "--output", tmp_path / "y.ckpt", "--no-eval"]
+    command = [sys.executable, "-m", "lm_softmax.compress", *map(str, words)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, "")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_help_needs_nothing():

@@ -261,6 +261,7 @@ X = ["--checkpoint", "{}/lstm.ckpt"]
     [
         ([], "the following arguments are required: --checkpoint"),
         (["--checkpoint", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        (["--checkpoint", "{}"], " is a folder: name a checkpoint in it\n"),
         (["--checkpoint", "{}/damaged.ckpt"], "damaged.ckpt is damaged or incomplete"),
         (
             ["--checkpoint", "{}/other.ckpt"],
@@ -269,10 +270,9 @@ X = ["--checkpoint", "{}/lstm.ckpt"]
         (["--checkpoint", "{}/weightless.ckpt"], "of a language model: it has no state_dict\n"),
         (["--checkpoint", "{}/countless.ckpt"], "it has no hyper_parameters['counts']\n"),
         (["--checkpoint", "{}/tensor.ckpt"], "of a language model: it has no state_dict\n"),
-        (
-            ["--checkpoint", "{}/versionless.ckpt"],
-            "cannot be built: 'pytorch-lightning_version' is missing\n",
-        ),
+        (["--checkpoint", "{}/versionless.ckpt"], "model: it has no pytorch-lightning_version\n"),
+        (["--checkpoint", "{}/wordy.ckpt"], "it has no tensor state_dict['head.weight']\n"),
+        ([*X[:1], "{}/nan.ckpt", "--temperature", "0"], "no most probable word, but nan"),
         (["--checkpoint", "{}/alien.ckpt"], "alien.ckpt holds a model that cannot be built: "),
         (["--checkpoint", "{}/wordless.ckpt"], "wordless.ckpt holds no vocabulary"),
         (["--checkpoint", "{}/text"], "no archive that torch.save wrote"),
@@ -352,6 +352,12 @@ def test_a_wrong_command_ends_in_one_line(words, message, checkpoints):
     version = content.pop("pytorch-lightning_version")
     torch.save(content, checkpoints / "versionless.ckpt")
     content["pytorch-lightning_version"] = version
+    weights = content["state_dict"]
+    torch.save(
+        content | {"state_dict": {**weights, "head.weight": "?"}}, checkpoints / "wordy.ckpt"
+    )
+    weights = {name: value * math.nan for name, value in weights.items()}
+    torch.save(content | {"state_dict": weights}, checkpoints / "nan.ckpt")
     for name, parts in changed.items():
         torch.save(content | {"hyper_parameters": parts}, checkpoints / f"{name}.ckpt")
     said = call(*(word.format(checkpoints) for word in words))

@@ -96,3 +96,16 @@ def test_the_file_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="full"):
         predict(some, rows, PredictionWriter(tmp_path / "a.jsonl"), Watch(tmp_path, stop=2))
     assert [*tmp_path.iterdir()] == []
+
+
+def test_nan_and_impossible_numbers_are_refused(tmp_path):
+    some = model()
+    with torch.no_grad():
+        some.head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the model gives nan for row 1 of batch 0"):
+        predict(some, batches(), PredictionWriter(tmp_path / "a.jsonl"))
+    assert [*tmp_path.iterdir()] == []
+    with pytest.raises(
+        ValueError, match=r"num_tokens must be below 2\*\*63, got 9223372036854775808"
+    ):
+        PredictionWriter(tmp_path / "a.jsonl", 2**63)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lm_softmax.decoding import generate
+from lm_softmax.decoding.stepping import check_num_tokens
 from lm_softmax.parallel import Replica
 
 NUM_TOKENS = 16
@@ -31,13 +32,15 @@ class PredictionWriter(pl.Callback):
         path: The file that this process writes; None where another one of its replica does.
 
     Raises:
-        ValueError: If a file exists, or continuations are asked for where other processes may
-            hold parts of the model.
+        ValueError: If a file exists, the model gives nan, or continuations are asked for that are
+            too long, or where other processes may hold parts of the model.
     """
 
     path: Path | None
 
     def __init__(self, path: Path, num_tokens: int = NUM_TOKENS) -> None:
+        if num_tokens:
+            check_num_tokens(num_tokens)
         self._named = self.path = path
         self.num_tokens = num_tokens
 
@@ -88,6 +91,9 @@ class PredictionWriter(pl.Callback):
             )
             if here.any()
         ]
+        for number, _, log_probs in rows:
+            if log_probs.isnan().any():
+                raise ValueError(f"the model gives nan for row {number} of batch {batch_idx}")
         continuations = self._continue(pl_module, [target for _, target, _ in rows])
         for place, (number, target, log_probs) in enumerate(rows):
             line = {

@@ -58,8 +58,8 @@ def generate(
         Prompt and continuation, int64.
 
     Raises:
-        ValueError: If the prompt is empty or holds an id outside the vocabulary, or an option is
-            out of its range.
+        ValueError: If the prompt is empty or holds an id outside the vocabulary, an option is out
+            of its range, or the model gives nan.
     """
     steps = stream(
         encoder,
@@ -101,7 +101,7 @@ def stream(
     their own modes.
 
     Raises:
-        ValueError: At the call, as `generate`.
+        ValueError: At the call, as `generate`; where a step finds nan, at the step.
     """
     check_prompt(prompt, head.vocab_size, eos_id)
     check_num_tokens(num_tokens)
@@ -110,7 +110,10 @@ def stream(
 
     def draw(hidden: Float[Tensor, "batch hidden"]) -> Int[Tensor, "batch"]:
         if temperature == 0:
-            return head.topk(hidden, 1).indices[:, 0]
+            best = head.topk(hidden, 1)
+            if best.log_probs.isnan().any():
+                raise ValueError("the model gives no most probable word, but nan")
+            return best.indices[:, 0]
         drawn = head.sample(
             hidden, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )

@@ -225,6 +225,11 @@ PROMPT = torch.zeros(2, 3, dtype=torch.int64)
     ("prompt", "options", "shown"),
     [
         (PROMPT, {"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
+        (
+            PROMPT,
+            {"num_tokens": 2**63},
+            r"num_tokens must be below 2\*\*63, got 9223372036854775808",
+        ),
         (PROMPT, {"temperature": -0.5}, r"temperature must be at least 0 .*got -0\.5"),
         (PROMPT, {"temperature": float("nan")}, "temperature .*got nan"),
         (PROMPT, {"temperature": float("inf")}, "temperature .*got inf"),
@@ -247,3 +252,9 @@ def test_refuses_impossible_options(prompt, options, shown):
     with pytest.raises(ValueError, match=shown):
         generate(encoder, TableHead(table()), prompt, **({"num_tokens": 2} | options))
     assert encoder.calls == []
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"temperature": 0, "suppress": [1]}])
+def test_refuses_nan(options):
+    with pytest.raises(ValueError, match="nan"):
+        generate(SumEncoder(), TableHead(table() * torch.nan), PROMPT, 2, **options)

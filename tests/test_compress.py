@@ -466,6 +466,14 @@ def test_a_file_that_is_no_checkpoint_is_refused(full, tmp_path):
             ("--head", LOW, "--output", "y.ckpt", "--no-eval", "--finetune-steps", 3),
             "--finetune-steps needs data, --no-eval reads none",
         ),
+        (
+            ("--head", LOW, "--output", "y.ckpt", "--finetune-minutes", 1e300),
+            "--finetune-minutes: expected at most 1e+09, got '1e+300'",
+        ),
+        (
+            ("--head", LOW, "--output", "y.ckpt", "--threads", 10**30),
+            "--threads: expected a whole number below 2**31, got '1000",
+        ),
         (("--head", LOW, "--output", "y.ckpt", "--seed", 3), "--seed is that of fine-tuning: add"),
         (
             ("--head", LOW, "--output", "y.ckpt", "--finetune-steps", 3, "--seed", -1),
@@ -492,6 +500,14 @@ def test_a_wrong_command_ends_in_one_line(words, message, full, tmp_path, monkey
     assert message in error_of("--checkpoint", full, *words)
     assert sorted(os.listdir()) == ["exists.ckpt", "report.json", "source.ckpt"]
     assert {Path(name).read_text() for name in ("exists.ckpt", "report.json")} == {"mine"}
+
+
+def test_what_is_no_regular_file_is_left_alone(full, tmp_path):
+    os.mkfifo(tmp_path / "y.ckpt")
+    words = ("--checkpoint", full, "--head", LOW, "--output", tmp_path / "y.ckpt", "--no-eval")
+    assert "y.ckpt is no regular file, which could be replaced" in error_of(*words, "--force")
+    assert (tmp_path / "y.ckpt").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_existing_file_is_replaced_only_by_force_and_only_as_a_whole(

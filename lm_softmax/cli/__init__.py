@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from lm_softmax.allocator import keep_pages
 from lm_softmax.cli.command import TerminatedError, TrainCLI
 from lm_softmax.cli.messages import user_error
+from lm_softmax.terminal import READER_LEFT, drop_output
 
 __all__ = ["TrainCLI", "main"]
 
@@ -43,13 +44,19 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with _quiet():
             TrainCLI(sys.argv[1:] if args is None else args)
+        sys.stdout.flush()
     except KeyboardInterrupt as error:
         sys.stderr.write(f"\n{str(error) or 'interrupted'}\n")
         sys.exit(130)
     except TerminatedError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(143)
+    except BrokenPipeError:  # whoever read has enough
+        drop_output()
+        sys.exit(READER_LEFT)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:
+            drop_output()
         if (line := user_error(error)) is None:
             raise
         sys.stderr.write(f"error: {line}\n")

@@ -21,6 +21,7 @@ from lm_softmax.specs import Spec, parse_spec
 from lm_softmax.terminal import READER_LEFT, Parser, check_streams, drop_output
 
 PROGRAM = "python -m lm_softmax.compress"
+MOST_MINUTES = 1e9  # timedelta holds a thousand times as many
 DESCRIPTION = """\
 Makes a smaller checkpoint from a trained one whose head has one output row a word (FullSoftmax,
 SampledSoftmax, NCE): by a singular value decomposition (LowRankSoftmax) or by k-means
@@ -95,7 +96,7 @@ def _make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group(
         "fine-tuning: as the run was, but at a constant learning rate"
     )
-    group.add_argument("--finetune-minutes", type=_above_zero, metavar="M", help="stop after them")
+    group.add_argument("--finetune-minutes", type=_minutes, metavar="M", help="stop after them")
     group.add_argument("--finetune-steps", type=_positive, metavar="N", help="stop after them")
     group.add_argument(
         "--lr", type=_above_zero, help="learning rate (default: a tenth of the run's)"
@@ -165,6 +166,8 @@ def _check_output(output: Path, options: argparse.Namespace) -> None:
     if output.suffix == ".json":
         raise ValueError(f"{output} would be the report's name: give --output another suffix")
     for path in (output, _json_path(output)):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is no regular file, which could be replaced")
         if path.exists() and path.resolve() == options.checkpoint.resolve():
             raise ValueError(f"--output {output} would replace the checkpoint that it comes from")
         if path.exists() and not options.force:
@@ -243,6 +246,8 @@ def _spec(classes: Mapping[str, Callable[..., Any]]) -> Callable[[str], Spec]:
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    if int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**31, got {text!r}")
     return int(text)
 
 
@@ -259,6 +264,13 @@ def _above_zero(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def _minutes(text: str) -> float:
+    number = _above_zero(text)
+    if number > MOST_MINUTES:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_MINUTES:.0e}, got {text!r}")
     return number
 
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pyarrow as pa
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from lm_softmax.cli.predictions import PredictionWriter
@@ -95,6 +96,20 @@ def test_the_file_is_there_whole_or_not_at_all(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(OSError, match="full"):
         predict(some, rows, PredictionWriter(tmp_path / "a.jsonl"), Watch(tmp_path, stop=2))
+    assert [*tmp_path.iterdir()] == []
+
+
+class Terminate(pl.Callback):
+    """Asks the process to end, as a cluster does, after the first batch."""
+
+    def on_predict_batch_end(self, trainer, *_):
+        trainer._signal_connector.received_sigterm = True
+
+
+def test_sigterm_ends_it_and_leaves_nothing(tmp_path):
+    writer = PredictionWriter(tmp_path / "a.jsonl")
+    with pytest.raises(SIGTERMException):
+        predict(model(), batches(), writer, Terminate())
     assert [*tmp_path.iterdir()] == []
 
 

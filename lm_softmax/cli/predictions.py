@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lm_softmax.decoding import generate
 from lm_softmax.decoding.stepping import check_num_tokens
@@ -79,7 +80,9 @@ class PredictionWriter(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes the rows of a batch."""
+        """Writes the rows of a batch, unless the process is to end, which Lightning overlooks."""
+        if trainer.received_sigterm:
+            raise SIGTERMException
         if self.path is None:
             return
         words = pl_module.vocab.tokens

@@ -29,6 +29,9 @@ def check_streams(parser: argparse.ArgumentParser) -> None:
 
 
 def drop_output() -> None:
-    """Lets go of what standard output did not take, lest Python tries again at its end."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Lets go of what standard output does not take, lest Python tries again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

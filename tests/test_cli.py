@@ -617,6 +617,27 @@ def test_a_diverging_run_ends_in_its_last_state_and_keeps_its_best(place):
     ]
 
 
+def test_a_training_of_no_step_leaves_its_config(place):
+    done("fit", "-c", "tiny.yaml", "--run", "no-step", "--trainer.max_steps=0")
+    found = {path.name for path in Path("no-step").iterdir()}
+    assert {"config.yaml", "summary.json"} <= found
+    assert json.loads(Path("no-step", "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_prediction_that_is_refused_leaves_no_folder(trained):
+    asked = ("predict", "--ckpt_path", trained[0] / "checkpoints/last.ckpt", "--run", "refused")
+    assert "num_tokens must be below 2**63" in error_of(*asked, f"--num_tokens={2**63}")
+    assert not Path("refused").exists()
+
+
+def test_a_closed_standard_output_is_refused_before_any_work():
+    code = "from lm_softmax.cli import main; main(['fit', '--help'])"
+    ended = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (2, "error: standard output is closed\n")
+
+
 def test_max_steps_between_validations_ends_with_one(place):
     options = ("--trainer.max_steps=7", "--trainer.val_check_interval=5")
     said = done("fit", "-c", "tiny.yaml", "--run", "between", *options)

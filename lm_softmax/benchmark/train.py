@@ -131,6 +131,8 @@ def _steps(
         if contestants.pop(entry.name, None) is not None:
             options = plan.bias, plan.optimizer, num_threads, plan.keep_pages
             found[entry.name] = Apart(Request(problem, entry.name, entry.spec, *options))
+    if problem.device.startswith("cuda"):
+        torch.cuda.empty_cache()
     return found
 
 

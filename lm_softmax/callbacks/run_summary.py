@@ -138,14 +138,21 @@ class RunSummary(pl.Callback):
         return self._earlier_s + (perf_counter() - self._start if self._training else 0.0)
 
     def _finish(self, trainer: pl.Trainer, status: str) -> None:
-        self._write(trainer, status)
-        self._earlier_s = self._wall_time_s
-        self._training = False
+        self._describe(trainer, status)
         hparams, metrics = _for_hparams_tab(self.summary)
         for logger in _tensorboards(trainer):
             logger.log_hyperparams(hparams, metrics, trainer.global_step)
+        for each in trainer.loggers:
+            each.save()
+        self._save(trainer)  # last, as it says that all the rest is there
+        self._earlier_s = self._wall_time_s
+        self._training = False
 
     def _write(self, trainer: pl.Trainer, status: str) -> None:
+        self._describe(trainer, status)
+        self._save(trainer)
+
+    def _describe(self, trainer: pl.Trainer, status: str) -> None:
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -169,9 +176,11 @@ class RunSummary(pl.Callback):
                 "python": platform.python_version(),
             },
         }
-        write_atomically(
-            folder / FILE_NAME, dumps(_plain(self.summary), indent=2, ensure_ascii=False) + "\n"
-        )
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            text = dumps(_plain(self.summary), indent=2, ensure_ascii=False) + "\n"
+            write_atomically(Path(trainer.default_root_dir, FILE_NAME), text)
 
 
 def write_atomically(path: Path, text: str) -> None:

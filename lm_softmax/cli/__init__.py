@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from lm_softmax.allocator import keep_pages
 from lm_softmax.cli.command import TerminatedError, TrainCLI
 from lm_softmax.cli.messages import user_error
-from lm_softmax.terminal import READER_LEFT, drop_output
+from lm_softmax.terminal import READER_LEFT, Parser, check_streams, drop_output
 
 __all__ = ["TrainCLI", "main"]
 
@@ -40,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: If the command did not come to its end.
     """
+    check_streams(Parser())
     keep_pages()
     try:
         with _quiet():

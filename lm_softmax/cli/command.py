@@ -184,6 +184,7 @@ class TrainCLI(LightningCLI):
         except RuntimeError as error:  # Lightning's way to refuse some combinations of options
             raise ValueError(str(error)) from error
         check_sizes(made.strategy)
+        made.callbacks.sort(key=lambda one: not isinstance(one, RunStart))  # type: ignore[attr-defined]
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user's choice
             made.strategy.checkpoint_io = AtomicCheckpointIO()
         return made
@@ -233,7 +234,12 @@ class TrainCLI(LightningCLI):
         assert self.checkpoint is not None
         folder = self.folder.path if self.folder else self.checkpoint.folder
         num_tokens = self.config_init["predict"].num_tokens
-        writer = PredictionWriter(folder / PREDICTIONS, num_tokens)
+        try:
+            writer = PredictionWriter(folder / PREDICTIONS, num_tokens)
+        except ValueError:
+            if self.folder is not None:
+                self.folder.remove()
+            raise
         self._callbacks.append(writer)
         self._evaluate(self.trainer.predict, **options | {"return_predictions": False})
         what = "log-probabilities of each token"

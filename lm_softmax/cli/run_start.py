@@ -1,5 +1,6 @@
 """What a command writes into the run's folder before all else, once nothing can refuse it."""
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -40,7 +41,7 @@ class RunStart(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
         self.folder, self.vocab_path = folder, vocab_path
         self.step, self.num_rows = step, num_rows
-        self._rows_kept = False
+        self._started = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes for an evaluation, whose folder is new, and goes where it is refused."""
@@ -49,13 +50,20 @@ class RunStart(SaveConfigCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes for a training."""
+        self._started = True
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
-        self._keep_rows(trainer)
+        if self.step:
+            self.folder.keep_rows(trainer.loggers, self.num_rows, self.step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Rows of a run that had no step left to do, and is closed with its summary."""
-        self._keep_rows(trainer)
+        """Of a run that had no step to do, and is closed with its summary."""
+        if self._started:
+            return
+        if self.step:
+            self.folder.keep_rows(trainer.loggers, self.num_rows, self.step)
+        elif trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves out what belongs to this run alone: its folder, and a checkpoint's vocabulary."""
@@ -63,9 +71,9 @@ class RunStart(SaveConfigCallback):
         config.run, config.data.vocab_path = None, self.vocab_path
         self.folder.path.mkdir(parents=True, exist_ok=True)
         path = Path(self.folder.path, CONFIG)
-        self.parser.save(config, path, skip_none=False, overwrite=True)
-
-    def _keep_rows(self, trainer: pl.Trainer) -> None:
-        if self.step and not self._rows_kept:
-            self.folder.keep_rows(trainer.loggers, self.num_rows, self.step)
-        self._rows_kept = True
+        temporary = path.with_name(f".{os.getpid()}.{CONFIG}")
+        try:
+            self.parser.save(config, temporary, skip_none=False, overwrite=True)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ BLOCK_ROWS = 48  # products of fewer rows, as of text in the making, take half a
 # Where MKL is slow:
 FEW_VALUES = 2**11  # of up to FEW_ROWS rows that it multiplies sooner as columns
 FEW_ROWS = 8
+STEP_OF_ROWS = 8  # that oneDNN multiplies: a power of two
 WIDE = 96  # a single row that it does so
 NARROW = 64  # rows that it multiplies well, unless they are BLOCK_ROWS
 SOME_WEIGHTS, MANY_WEIGHTS = 2**18, 2**20  # for which columns and oneDNN are worth their calls
@@ -84,7 +85,7 @@ def linear_into(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) ->
         found = torch.mm(rows, columns.t(), out=found).t()[:num_rows]
         out.copy_(found) if bias is None else torch.add(found, bias, out=out)
     elif way == "onednn":
-        filled = fill_up(left, FEW_ROWS)
+        filled = fill_up(left, STEP_OF_ROWS)
         size = max(BLOCK_VALUES // num_rows, WORD_BLOCK)
         for part, words, offset in _in_blocks(out, rows, bias, size):
             part.copy_(linear(filled, words, offset, left.dtype)[:num_rows])

@@ -755,6 +755,29 @@ def test_a_resumed_run_keeps_its_best_and_its_time(clock: FakeTime, tmp_path: Pa
     assert summary["wall_time_s"] == 16.0
 
 
+def test_a_run_is_finished_when_all_else_is_written_and_failed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def note(*_: Any) -> None:
+        seen.append(read_summary(tmp_path)["status"])
+
+    monkeypatch.setattr(TensorBoardLogger, "log_hyperparams", note)
+    board = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    trainer(tmp_path, RunSummary(), logger=board).fit(TinyModel(), datamodule=TinyData())
+    assert (seen[-1], read_summary(tmp_path)["status"]) == ("running", "finished")
+
+    def fail(_: int) -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        trainer(tmp_path, RunSummary(), logger=board).fit(
+            TinyModel(on_train=fail), datamodule=TinyData()
+        )
+    assert seen[-1] == "failed"
+
+
 def test_evaluation_alone_writes_no_summary(tmp_path: Path) -> None:
     run = trainer(tmp_path, callback := RunSummary())
     run.validate(TinyModel(), datamodule=TinyData(), verbose=False)

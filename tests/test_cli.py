@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_only
@@ -630,12 +631,22 @@ def test_a_prediction_that_is_refused_leaves_no_folder(trained):
     assert not Path("refused").exists()
 
 
-def test_a_closed_standard_output_is_refused_before_any_work():
-    code = "from lm_softmax.cli import main; main(['fit', '--help'])"
+@pytest.mark.parametrize(
+    ("stream", "code", "said"),
+    [
+        (">&-", 2, "error: standard output is closed\n"),  # before any work
+        (">/dev/full", 2, "error: No space left on device\n"),
+        ("| sleep 0", 141, ""),
+    ],
+)
+def test_a_standard_output_that_takes_nothing(stream, code, said):
+    command = "from lm_softmax import cli; cli.TrainCLI = lambda args: print('x' * 2**20)"
+    words = [sys.executable, "-c", f"{command}; cli.main([])"]
+    script = f'{{ "$@"; echo $? >&3; }} {stream}'
     ended = subprocess.run(
-        ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-c", code], capture_output=True, text=True
+        ["sh", "-c", f"exec 3>&1; {script}", "sh", *words], capture_output=True, text=True
     )
-    assert (ended.returncode, ended.stderr) == (2, "error: standard output is closed\n")
+    assert (ended.stdout, ended.stderr) == (f"{code}\n", said)
 
 
 def test_max_steps_between_validations_ends_with_one(place):
@@ -793,6 +804,22 @@ def test_a_run_without_a_step_left_goes_back_to_the_rows_of_its_checkpoint(tmp_p
     start = RunStart(None, None, folder=folder, vocab_path=None, step=3, num_rows=2)
     start.on_fit_end(SimpleNamespace(loggers=folder.loggers(3)), None)
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    class Parser:
+        def save(self, config, path, **options):
+            Path(path).write_text("half")
+            raise OSError("disk full")
+
+    (tmp_path / "config.yaml").write_text("whole")
+    config = Namespace(run="x", data=Namespace(vocab_path=None))
+    folder = RunFolder(tmp_path, resumes=True)
+    start = RunStart(Parser(), config, folder=folder, vocab_path=None, step=0, num_rows=None)
+    with pytest.raises(OSError, match="disk full"):
+        start.save_config(None, None, "fit")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "whole"
 
 
 def test_metrics_that_a_kill_cut_off_are_read(tmp_path):

@@ -122,8 +122,11 @@ class RunSummary(pl.Callback):
         self._write(trainer, "running")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes the summary of a fit that came to its end."""
-        self._finish(trainer, "finished")
+        """Closes the summary of a fit that came to its end: last, as it vouches for the rest."""
+        self._describe(trainer, "finished")
+        self._log_result(trainer)
+        self._save(trainer)
+        self._stop_clock()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -131,22 +134,23 @@ class RunSummary(pl.Callback):
         """Closes the summary of a fit that did not."""
         if self._training:
             interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-            self._finish(trainer, "interrupted" if interrupted else "failed")
+            self._write(trainer, "interrupted" if interrupted else "failed")
+            self._log_result(trainer)
+            self._stop_clock()
 
     @property
     def _wall_time_s(self) -> float:
         return self._earlier_s + (perf_counter() - self._start if self._training else 0.0)
 
-    def _finish(self, trainer: pl.Trainer, status: str) -> None:
-        self._describe(trainer, status)
+    def _log_result(self, trainer: pl.Trainer) -> None:
         hparams, metrics = _for_hparams_tab(self.summary)
-        for logger in _tensorboards(trainer):
-            logger.log_hyperparams(hparams, metrics, trainer.global_step)
-        for each in trainer.loggers:
-            each.save()
-        self._save(trainer)  # last, as it says that all the rest is there
-        self._earlier_s = self._wall_time_s
-        self._training = False
+        for board in _tensorboards(trainer):
+            board.log_hyperparams(hparams, metrics, trainer.global_step)
+        for logger in trainer.loggers:
+            logger.save()
+
+    def _stop_clock(self) -> None:
+        self._earlier_s, self._training = self._wall_time_s, False
 
     def _write(self, trainer: pl.Trainer, status: str) -> None:
         self._describe(trainer, status)

@@ -184,6 +184,7 @@ class TrainCLI(LightningCLI):
         except RuntimeError as error:  # Lightning's way to refuse some combinations of options
             raise ValueError(str(error)) from error
         check_sizes(made.strategy)
+        # RunStart goes first: a summary tells of what it writes
         made.callbacks.sort(key=lambda one: not isinstance(one, RunStart))  # type: ignore[attr-defined]
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user's choice
             made.strategy.checkpoint_io = AtomicCheckpointIO()

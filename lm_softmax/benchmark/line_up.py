@@ -57,6 +57,13 @@ def line_up(
     return [*entries.values(), *floors.values()], absent
 
 
+def find_entry(problem: Problem, name: str, spec: Spec, *, bias: bool) -> Entry:
+    """The contestant of a name, given the head that it comes from, as another process makes it."""
+    entries, _ = line_up(problem, [spec], bias=bias)
+    (found,) = (entry for entry in entries if entry.name == name)
+    return found
+
+
 def head_classes() -> dict[str, type[OutputHead]]:
     """The heads that `lm_softmax.heads` exports, by name."""
     exported = {name: getattr(lm_softmax.heads, name) for name in lm_softmax.heads.__all__}

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lm_softmax.benchmark.contestants import Contestant, Entry, Loss, Workshop
-from lm_softmax.benchmark.line_up import line_up
+from lm_softmax.benchmark.line_up import find_entry
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.specs import Spec
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_HIGH_WATER = "5"  # see proc(5)
 MIB = 2**20
+KILLED = "the process was killed, perhaps for its memory"
 Result = TypeVar("Result")
 
 
@@ -73,7 +74,7 @@ def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
-            raise RuntimeError("the process was killed, perhaps for its memory") from None
+            raise RuntimeError(KILLED) from None
 
 
 def high_water(step: Callable[[], object], device: str) -> HighWater:
@@ -90,8 +91,7 @@ def high_water(step: Callable[[], object], device: str) -> HighWater:
 def _measure_here(problem: Problem, name: str, spec: Spec, bias: bool, num_threads: int) -> Memory:
     """What the new process does."""
     torch.set_num_threads(num_threads)
-    entries, _ = line_up(problem, [spec], bias=bias)
-    (entry,) = (entry for entry in entries if entry.name == name)
+    entry = find_entry(problem, name, spec, bias=bias)
     workshop = Workshop(problem)
     contestant = workshop.build(entry)
     _tiny_step(entry, workshop)

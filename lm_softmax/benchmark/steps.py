@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from lm_softmax.allocator import keep_pages
 from lm_softmax.benchmark.contestants import Contestant, Workshop
-from lm_softmax.benchmark.line_up import line_up
+from lm_softmax.benchmark.line_up import find_entry
+from lm_softmax.benchmark.memory import KILLED
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.timing import FORWARD, FORWARD_BACKWARD, OPTIMIZER, Clock
 from lm_softmax.specs import Spec
@@ -134,7 +135,7 @@ class Apart:
         try:
             return self._pool.submit(_step_there, self._request).result()
         except BrokenProcessPool:
-            raise RuntimeError("the process was killed, perhaps for its memory") from None
+            raise RuntimeError(KILLED) from None
 
     def close(self) -> None:
         """See `timing.Steps`."""
@@ -150,8 +151,7 @@ def _step_there(request: Request) -> dict[str, float]:
         torch.set_num_threads(request.num_threads)
         if request.keep_pages:
             keep_pages()
-        entries, _ = line_up(request.problem, [request.spec], bias=request.bias)
-        (entry,) = (entry for entry in entries if entry.name == request.name)
+        entry = find_entry(request.problem, request.name, request.spec, bias=request.bias)
         optimizer = None if request.optimizer is None else optimizer_factory(request.optimizer)
         contestant = Workshop(request.problem).build(entry)
         _made.append(Here(contestant, optimizer, request.problem.device))

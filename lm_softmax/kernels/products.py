@@ -13,13 +13,12 @@ from lm_softmax.kernels.workspace import workspace
 
 WORD_BLOCK = 2048  # a product into 100,000 columns at once takes MKL 1.5 times as long
 BLOCK_ROWS = 48  # products of fewer rows, as of text in the making, take half as long undivided
-# Where MKL is slow:
-FEW_VALUES = 2**11  # of up to FEW_ROWS rows that it multiplies sooner as columns
-FEW_ROWS = 8
-STEP_OF_ROWS = 8  # that oneDNN multiplies: a power of two
-WIDE = 96  # a single row that it does so
-NARROW = 64  # rows that it multiplies well, unless they are BLOCK_ROWS
+# Where MKL is slow (docs/decisions/016-one-row-at-a-time.md):
+FEW_ROWS, FEW_VALUES = 8, 2**11  # at most, of operands that are multiplied sooner as columns
+WIDE = 96  # width from which on a single row is, too
+NARROW = 64  # width below which MKL multiplies rows well, unless they are BLOCK_ROWS or more
 SOME_WEIGHTS, MANY_WEIGHTS = 2**18, 2**20  # for which columns and oneDNN are worth their calls
+STEP_OF_ROWS = 8  # numbers of rows that oneDNN makes code for: a power of two
 BLOCK_VALUES = 2**19  # that oneDNN makes at once: they are copied while the cache has them
 FP16_GAIN = 256.0  # lifts small probabilities out of fp16's subnormals; undone in float32
 
@@ -71,13 +70,7 @@ def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 def linear_into(out: Tensor, left: Tensor, rows: Tensor, bias: Tensor | None) -> None:
-    """`out = F.linear(left, rows, bias)`; without a bias `out` may be of a wider dtype.
-
-    Milliseconds on two Zen 4 cores, of MKL, oneDNN, and as columns (one row as two equal ones):
-
-        60,000 x 256    1 row 10.2, 4.9, 2.7    8 rows 17.8, 8.4, 7.0    64 rows 30.2, 16.2
-        20,000 x 512    1 row 5.7, 3.0, 2.0     8 rows 11.2, 4.7, 7.1    64 rows 22.8, 10.4
-    """
+    """`out = F.linear(left, rows, bias)`; without a bias `out` may be of a wider dtype."""
     way, num_rows = way_of(left, rows), left.shape[0]
     if way == "columns":
         columns = torch.cat([left, left]) if num_rows == 1 else left

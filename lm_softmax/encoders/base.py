@@ -189,7 +189,7 @@ def check_probability(**probabilities: float) -> None:
 
 
 def check_size(**sizes: int) -> None:
-    """Refuse sizes below 1, beyond what torch can count, or layers without end, by their names.
+    """Refuse sizes below 1, and beyond what torch can count, by their names.
 
     Raises:
         ValueError: If one of them is.
@@ -199,5 +199,14 @@ def check_size(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
         if value >= 2**63:
             raise ValueError(f"{name} must be below 2**63, got {value}")
-        if name == "num_layers" and value > MOST_LAYERS:  # they are made one by one
-            raise ValueError(f"{name} must be at most {MOST_LAYERS:,}, got {value}")
+
+
+def check_num_layers(num_layers: int) -> None:
+    """Refuse none, and layers without end, which are made one by one.
+
+    Raises:
+        ValueError: If there are so many.
+    """
+    check_size(num_layers=num_layers)
+    if num_layers > MOST_LAYERS:
+        raise ValueError(f"num_layers must be at most {MOST_LAYERS:,}, got {num_layers}")

@@ -10,6 +10,7 @@ from lm_softmax.encoders.base import (
     EmbeddingFactory,
     Encoder,
     State,
+    check_num_layers,
     check_probability,
     check_size,
 )
@@ -103,9 +104,9 @@ class LSTMEncoder(Encoder):
         check_size(
             embedding_size=embedding_size,
             hidden_size=hidden_size,
-            num_layers=num_layers,
             output_size=self.hidden_size,
         )
+        check_num_layers(num_layers)
         check_probability(
             embedding_dropout=embedding_dropout,
             input_dropout=input_dropout,

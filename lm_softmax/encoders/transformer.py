@@ -12,6 +12,7 @@ from lm_softmax.encoders.base import (
     EmbeddingFactory,
     Encoder,
     State,
+    check_num_layers,
     check_probability,
     check_size,
 )
@@ -76,11 +77,11 @@ class TransformerEncoder(Encoder):
         width = 4 * hidden_size if feedforward_size is None else feedforward_size
         check_size(
             hidden_size=hidden_size,
-            num_layers=num_layers,
             num_heads=num_heads,
             feedforward_size=width,
             max_positions=max_positions,
         )
+        check_num_layers(num_layers)
         check_probability(dropout=dropout)
         if hidden_size % num_heads:
             raise ValueError(

@@ -29,7 +29,7 @@ from lm_softmax.benchmark.plot import draw
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.report import as_csv, table
 from lm_softmax.benchmark.results import Result, Spread, compare
-from lm_softmax.benchmark.steps import Apart, Here, Request, optimizer_factory
+from lm_softmax.benchmark.steps import Apart, Here, optimizer_factory
 from lm_softmax.benchmark.timing import FORWARD, FORWARD_BACKWARD, OPTIMIZER, time_rounds
 from lm_softmax.benchmark.train import check
 from lm_softmax.heads import AdaptiveSoftmax, FullSoftmax
@@ -381,10 +381,12 @@ def test_who_fails_in_a_round_is_out() -> None:
 def test_a_process_of_its_own_times_the_same_parts() -> None:
     problem = Problem(vocab_size=50, num_tokens=8, hidden_size=4)
     entry = entry_of(peers.PLAIN, problem)
-    asked = Request(problem, entry.name, entry.spec, True, Spec("AdamW"), 1, False)
-    steps = {"plain": Apart(asked), "killed": Apart(asked._replace(keep_pages=True))}
-    steps["killed"].step()
-    (process,) = steps["killed"]._pool._processes.values()
+    asked = problem, entry.name, entry.spec
+    how: dict[str, Any] = {"bias": True, "optimizer": Spec("AdamW"), "num_threads": 1}
+    plain, killed = Apart(*asked, **how, keeps_pages=False), Apart(*asked, **how, keeps_pages=True)
+    steps = {"plain": plain, "killed": killed}
+    killed.step()
+    (process,) = killed._process._pool._processes.values()
     process.kill()
     times, failures = time_rounds(steps, 2)
     assert set(times) == {"plain"}
@@ -394,7 +396,7 @@ def test_a_process_of_its_own_times_the_same_parts() -> None:
         OPTIMIZER: 2,
     }
     assert failures == {"killed": "the process was killed, perhaps for its memory"}
-    assert all(one._pool._shutdown_thread for one in steps.values())
+    assert all(one._process._pool._shutdown_thread for one in steps.values())
 
 
 # Memory
@@ -587,66 +589,6 @@ def test_train_weighs_each_contestant_in_a_process_of_its_own(
     assert measures.count("memory_extra") == 2
 
 
-LOOP = ["loop", "--vocab-size", "50", "--batch-size", "2", "--block-size", "3", "--steps", "3"]
-LOOP += ["--warmups", "1", "--rounds", "2", "--embedding-size", "4", "--hidden-size", "16"]
-
-
-def test_loop_prints_a_table_and_writes_two_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "model.yaml").write_text(
-        "model:\n"
-        "  encoder: {class_path: LSTMEncoder, init_args: {embedding_size: 4, hidden_size: 8}}\n"
-        "  head: {class_path: FullSoftmax}\n"
-        "  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}\n"
-        "trainer: {gradient_clip_val: 0.5}\n"
-    )
-    config = str(tmp_path / "model.yaml")
-    words = [*LOOP, "--heads", "AdaptiveSoftmax(cutoffs=[20])", "FullSoftmax@30"]
-    words += ["--configs", config, "--torch", "adaptive", "full@40", "--torch-cutoffs", "10", "99"]
-    assert main([*words, "--output", str(tmp_path / "out")]) == 0
-    out, _ = capsys.readouterr()
-    assert "ratio is tokens/s over those of torch adaptive" in out
-    found = json.loads((tmp_path / "out" / "loop.json").read_text())
-    assert found["reference"] == "torch adaptive"
-    assert [(loop["name"], loop["vocab_size"]) for loop in found["loops"]] == [
-        ("AdaptiveSoftmax(cutoffs=[20])", 50),
-        ("FullSoftmax @30", 30),
-        (config, 50),
-        ("torch adaptive", 50),
-        ("torch full @40", 40),
-    ]
-    for loop in found["loops"]:
-        assert loop["tokens_per_s"]["min"] > 0
-        assert len(loop["rounds_tokens_per_s"]) == 2
-        assert abs(loop["last_loss"] - math.log(loop["vocab_size"])) < 1.5
-    assert found["loops"][3]["ratio"] == {"min": 1.0, "median": 1.0, "max": 1.0}
-    assert "cutoffs [10]" in found["loops"][3]["what"]
-    assert "cutoffs=[20]" in found["loops"][0]["what"]
-    assert "SGD(lr=0.1)" in found["loops"][2]["what"]
-    with (tmp_path / "out" / "loop.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["loop", "vocab_size", "measure", "unit", "min", "median", "max"]
-    assert len(rows) == 10
-
-
-def test_loop_trains_what_it_says(tmp_path: Path) -> None:
-    from lm_softmax.benchmark.loops import EncoderSizes, PlainLoop, Text
-    from lm_softmax.data.batching import StreamBatches
-
-    text = Text(50, "zipf", 2, 3, 1, 4, 0)
-    loop = PlainLoop(text, "cpu", 0.25, "adaptive", EncoderSizes(4, 16, 1), [10], 0.05)
-    stream = StreamBatches(text.ids().numpy(), 0, batch_size=2, block_size=3)  # type: ignore[arg-type]
-    batches = [stream[i] for i in range(len(stream))]
-    assert torch.equal(torch.cat([batch.tokens for batch in batches], 1), loop._inputs)
-    assert torch.equal(torch.cat([batch.target for batch in batches], 1), loop._targets)
-    loop.run()
-    first = loop.last_loss
-    for _ in range(5):
-        loop.run()
-    assert loop.last_loss < first
-
-
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -681,6 +623,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["loop", "--torch", "sampled"], "--torch must be adaptive or full, got sampled"),
         (["loop", "--torch-cutoffs", "99"], "--torch-cutoffs: none below the 40 words"),
         (["loop", "--heads", "--torch"], "nothing to train"),
+        (["loop", "--as-used", "--keep-pages"], "--keep-pages is for all alike"),
         (["loop", "--torch-cutoffs", "9", "--reference", "mine"], "--reference: no loop mine, but"),
     ],
 )
@@ -727,12 +670,12 @@ def test_keeping_pages_is_refused_where_it_cannot_be_and_recorded_where_it_is(
 def test_each_contestant_is_timed_in_a_process_of_its_own_where_that_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[Request] = []
+    asked: list[tuple[str, dict[str, Any]]] = []
 
     class Noted(Apart):
-        def __init__(self, request: Request) -> None:
-            asked.append(request)
-            super().__init__(request)
+        def __init__(self, problem: Problem, name: str, spec: Spec, **how: Any) -> None:
+            asked.append((name, how))
+            super().__init__(problem, name, spec, **how)
 
     monkeypatch.setattr("lm_softmax.benchmark.train.Apart", Noted)
     words = [*TRAIN, "--vocab-sizes", "40", "--heads", "FullSoftmax", "--no-memory", "--apart"]
@@ -742,10 +685,15 @@ def test_each_contestant_is_timed_in_a_process_of_its_own_where_that_is_asked(
     found = json.loads((tmp_path / "train.json").read_text())
     assert found["options"]["apart"] is True
     names = [contestant["name"] for contestant in found["contestants"]]
-    assert [request.name for request in asked] == names == [peers.PLAIN]
-    for contestant, request in zip(found["contestants"], asked, strict=True):
+    assert [name for name, _ in asked] == names == [peers.PLAIN]
+    for contestant, (_, how) in zip(found["contestants"], asked, strict=True):
         assert [len(contestant["rounds_ms"][part]) for part in (FORWARD, OPTIMIZER)] == [2, 2]
-        assert request[3:] == (False, parse_spec("AdamW(fused=True)"), 1, False)
+        assert how == {
+            "bias": False,
+            "optimizer": parse_spec("AdamW(fused=True)"),
+            "num_threads": 1,
+            "keeps_pages": False,
+        }
 
 
 def test_a_file_is_there_whole_or_not_at_all(

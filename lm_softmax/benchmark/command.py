@@ -84,6 +84,8 @@ class Report:
         """Machine and versions, for a reader."""
         found = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         pages = "pages kept" if self.options["keep_pages"] else "allocator as by default"
+        if self.options.get("as_used"):
+            pages = "a process each, pages kept as train.py keeps them, not by plain loops"
         return f"{one_line(self.machine)}; {found}; {pages}."
 
 

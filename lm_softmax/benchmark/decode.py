@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lm_softmax.benchmark.agreement import TOLERANCES
 from lm_softmax.benchmark.line_up import make_head
-from lm_softmax.benchmark.memory import MIB, high_water, in_new_process
+from lm_softmax.benchmark.memory import MIB, high_water
 from lm_softmax.benchmark.problem import Problem
+from lm_softmax.benchmark.processes import in_new_process
 from lm_softmax.benchmark.results import Spread
 from lm_softmax.benchmark.timing import Clock, first_line, in_turn, paired_ratios
 from lm_softmax.heads import OutputHead

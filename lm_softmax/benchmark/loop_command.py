@@ -2,24 +2,31 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple
+
+import torch
 
 from lm_softmax.benchmark.command import Report, add_command, hush, natural, positive, say
-from lm_softmax.benchmark.problem import ZIPF, Problem
+from lm_softmax.benchmark.loops import EncoderSizes, Loop, Outcome, Text
+from lm_softmax.benchmark.plain_loop import PlainLoop
+from lm_softmax.benchmark.problem import ZIPF
+from lm_softmax.benchmark.processes import OwnProcess
 from lm_softmax.benchmark.report import align, as_json, csv_text, show, write_text
 from lm_softmax.benchmark.results import Spread
 from lm_softmax.benchmark.timing import call_rounds
 
 DESCRIPTION = """\
-Times whole training loops in tokens per second, in turns, in one process: models of this package
-under Lightning with the loggers and callbacks of train.py, and the plain loop of a PyTorch user,
-nn.Embedding, nn.LSTM, torch's head and torch.optim.AdamW with its defaults, on the same text.
-Prints a table and writes loop.json and loop.csv.
+Times whole training loops in tokens per second, in turns, in one process or, with --as-used, in one
+each: models of this package under Lightning with the loggers and callbacks of train.py, and the
+plain loop of a PyTorch user, nn.Embedding, nn.LSTM, torch's head and torch.optim.AdamW with its
+defaults, on the same text. Prints a table and writes loop.json and loop.csv.
 
 A head or configuration trains at --vocab-size, or at its own after an @: FullSoftmax@10000.
 """
@@ -95,22 +102,45 @@ def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
     group.add_argument(
         "--clip", type=float, default=0.25, help="largest norm of the gradients (default: 0.25)"
     )
+    group.add_argument(
+        "--as-used",
+        action="store_true",
+        help="run each loop in a process of its own, with the allocator that it has where it is"
+        " used: train.py's keeps pages, a plain loop's is as by default (default: all in one"
+        " process, its allocator the same for all)",
+    )
     add_common_options(parser)
 
 
-def _run(options: argparse.Namespace, report: Report) -> None:
-    from lm_softmax.benchmark.quiet import quiet_lightning
+class _Contestant(NamedTuple):
+    """A loop that is yet to be made."""
 
-    with TemporaryDirectory(prefix="lm_softmax_benchmark_") as folder:
-        loops = _build(options, Path(folder))
-        reference = options.reference or _default_reference(loops)
-        if reference not in loops:
-            raise ValueError(f"--reference: no loop {reference}, but {', '.join(loops)}")
-        with quiet_lightning():
-            runs = {name: partial(_tokens_per_s, loop) for name, loop in loops.items()}
-            speeds = call_rounds(runs, options.rounds, say)
+    text: Text
+    kind: type[Loop]
+    arguments: tuple[Any, ...]
+    keeps_pages: bool  # as it is used
+
+
+def _run(options: argparse.Namespace, report: Report) -> None:
+    if options.as_used and options.keep_pages:
+        raise ValueError("--keep-pages is for all alike: leave it or --as-used out")
+    with TemporaryDirectory(prefix="lm_softmax_benchmark_") as folder, ExitStack() as stack:
+        contestants = _contestants(options, Path(folder))
+        reference = options.reference or _default_reference(contestants)
+        if reference not in contestants:
+            raise ValueError(f"--reference: no loop {reference}, but {', '.join(contestants)}")
+        make = partial(_in_own_process, stack) if options.as_used else _here
+        runs = {name: make(contestant) for name, contestant in contestants.items()}
+        outcomes = call_rounds(runs, options.rounds, say)
     hush()
-    records = [_record(name, loop, speeds, reference) for name, loop in loops.items()]
+    speeds = {
+        name: [contestants[name].text.timed_tokens / outcome.seconds for outcome in found]
+        for name, found in outcomes.items()
+    }
+    records = [
+        _record(name, contestant.text, outcomes[name][-1], speeds, reference)
+        for name, contestant in contestants.items()
+    ]
     body = {"reference": reference, "loops": records}
     files = [
         write_text(options.output, "loop.json", as_json(report.header(), body)),
@@ -123,20 +153,31 @@ def _run(options: argparse.Namespace, report: Report) -> None:
         f" of {reference} in the same round.",
         "",
         align([COLUMNS, *map(_cells, records)]),
-        *(f"{name}: {loop.what}" for name, loop in loops.items()),
+        *(f"{record['name']}: {record['what']}" for record in records),
         *(f"written: {path}" for path in files),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _tokens_per_s(loop: Any) -> float:
-    return loop.text.timed_tokens / loop.run()
+def _here(contestant: _Contestant) -> Callable[[], Outcome]:
+    return contestant.kind(*contestant.arguments).run
 
 
-def _build(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _in_own_process(stack: ExitStack, contestant: _Contestant) -> Callable[[], Outcome]:
+    process = OwnProcess(
+        contestant.kind,
+        contestant.arguments,
+        num_threads=torch.get_num_threads(),
+        keeps_pages=contestant.keeps_pages,
+    )
+    stack.callback(process.close)
+    return partial(process.call, "run")
+
+
+def _contestants(options: argparse.Namespace, folder: Path) -> dict[str, _Contestant]:
     """The loops by name."""
+    from lm_softmax.benchmark.lightning_loop import LightningLoop
     from lm_softmax.benchmark.loop_models import from_config, from_head, split_size
-    from lm_softmax.benchmark.loops import EncoderSizes, LightningLoop, PlainLoop, Text
 
     sizes = EncoderSizes(options.embedding_size, options.hidden_size, options.num_layers)
     models = [from_head(text, sizes, options.lr, options.clip) for text in options.heads]
@@ -153,14 +194,11 @@ def _build(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             options.seed,
         )
 
-    loops: dict[str, Any] = {}
+    found: dict[str, _Contestant] = {}
     for i, model in enumerate(models):
         own = text(model.vocab_size)
-        counts = _counts(own.vocab_size, options.targets)
-        place = folder / str(i)
-        loops[model.name] = LightningLoop(
-            own, options.device, model.clip, counts, model.options, place
-        )
+        arguments = own, options.device, model.clip, model.options, folder / str(i)
+        found[model.name] = _Contestant(own, LightningLoop, arguments, keeps_pages=True)
     for word in options.torch:
         kind, vocab_size = split_size(word)
         if kind not in ("adaptive", "full"):
@@ -169,39 +207,37 @@ def _build(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         cutoffs = sorted(cutoff for cutoff in options.torch_cutoffs if cutoff < own.vocab_size)
         if kind == "adaptive" and not cutoffs:
             raise ValueError(f"--torch-cutoffs: none below the {own.vocab_size} words")
-        plain = cast('Literal["adaptive", "full"]', kind)
         name = f"torch {kind}" + ("" if vocab_size is None else f" @{vocab_size:,}")
-        device, clip = options.device, options.clip
-        loops[name] = PlainLoop(own, device, clip, plain, sizes, cutoffs, options.lr)
-    if not loops:
+        plain = own, options.device, options.clip, kind, sizes, cutoffs, options.lr
+        found[name] = _Contestant(own, PlainLoop, plain, keeps_pages=False)
+    if not found:
         raise ValueError("nothing to train: give --heads, --configs or --torch")
-    return loops
+    return found
 
 
-def _counts(vocab_size: int, targets: str) -> Any:
-    return Problem(vocab_size, 1, 1, targets=targets).counts().ceil_().long()
-
-
-def _default_reference(loops: Mapping[str, Any]) -> str:
-    return next((name for name in loops if name.startswith("torch ")), next(iter(loops)))
+def _default_reference(names: Iterable[str]) -> str:
+    return next((name for name in names if name.startswith("torch ")), next(iter(names)))
 
 
 def _record(
-    name: str, loop: Any, speeds: Mapping[str, Sequence[float]], reference: str
+    name: str,
+    text: Text,
+    outcome: Outcome,
+    speeds: Mapping[str, Sequence[float]],
+    reference: str,
 ) -> dict[str, Any]:
     ratios = [own / other for own, other in zip(speeds[name], speeds[reference], strict=True)]
     speed, ratio = Spread.of(speeds[name]), Spread.of(ratios)
     assert speed is not None
     assert ratio is not None
-    loss = loop.last_loss
     return {
         "name": name,
-        "what": loop.what,
-        "vocab_size": loop.text.vocab_size,
+        "what": outcome.what,
+        "vocab_size": text.vocab_size,
         "tokens_per_s": speed._asdict(),
         "ratio": ratio._asdict(),
-        "step_time_ms": loop.text.timed_tokens / median(speeds[name]) / loop.text.num_steps * 1000,
-        "last_loss": loss if abs(loss) < float("inf") else None,
+        "step_time_ms": text.timed_tokens / median(speeds[name]) / text.num_steps * 1000,
+        "last_loss": outcome.loss if isfinite(outcome.loss) else None,
         "rounds_tokens_per_s": list(speeds[name]),
     }
 

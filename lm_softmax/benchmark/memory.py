@@ -3,11 +3,8 @@
 import ctypes
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +12,12 @@ from torch import Tensor
 from lm_softmax.benchmark.contestants import Contestant, Entry, Loss, Workshop
 from lm_softmax.benchmark.line_up import find_entry
 from lm_softmax.benchmark.problem import Problem
+from lm_softmax.benchmark.processes import in_new_process
 from lm_softmax.specs import Spec
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_HIGH_WATER = "5"  # see proc(5)
 MIB = 2**20
-KILLED = "the process was killed, perhaps for its memory"
-Result = TypeVar("Result")
 
 
 class Memory(NamedTuple):
@@ -62,19 +58,6 @@ def measure(problem: Problem, entry: Entry, *, bias: bool, num_threads: int) -> 
         RuntimeError: If there is no figure, with the reason.
     """
     return in_new_process(_measure_here, problem, entry.name, entry.spec, bias, num_threads)
-
-
-def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function returns in a process that does nothing else.
-
-    Raises:
-        RuntimeError: If the process does not live to return it.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            raise RuntimeError(KILLED) from None
 
 
 def high_water(step: Callable[[], object], device: str) -> HighWater:

@@ -1,19 +1,14 @@
 """A contestant's steps, timed in this process or in one of its own."""
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
-from lm_softmax.allocator import keep_pages
 from lm_softmax.benchmark.contestants import Contestant, Workshop
 from lm_softmax.benchmark.line_up import find_entry
-from lm_softmax.benchmark.memory import KILLED
 from lm_softmax.benchmark.problem import Problem
+from lm_softmax.benchmark.processes import OwnProcess
 from lm_softmax.benchmark.timing import FORWARD, FORWARD_BACKWARD, OPTIMIZER, Clock
 from lm_softmax.specs import Spec
 
@@ -97,65 +92,52 @@ class Here:
         self._contestant.clear()
 
 
-class Request(NamedTuple):
-    """What another process needs to make a contestant; plain values.
+class Apart:
+    """In a process of its own, whose allocator knows no other contestant's blocks.
 
-    Attributes:
+    Args:
         problem: The problem.
         name: Of the contestant.
         spec: See `contestants.Entry`.
         bias: See `line_up`.
         optimizer: Class and options; None for none.
         num_threads: Of torch.
-        keep_pages: Whether its allocator keeps freed memory.
+        keeps_pages: Whether the allocator keeps freed memory.
     """
 
-    problem: Problem
-    name: str
-    spec: Spec
-    bias: bool
-    optimizer: Spec | None
-    num_threads: int
-    keep_pages: bool
-
-
-class Apart:
-    """In a process of its own, whose allocator knows no other contestant's blocks.
-
-    Args:
-        request: Which contestant.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self._request = request
+    def __init__(
+        self,
+        problem: Problem,
+        name: str,
+        spec: Spec,
+        *,
+        bias: bool,
+        optimizer: Spec | None,
+        num_threads: int,
+        keeps_pages: bool,
+    ) -> None:
+        wanted = problem, name, spec, bias, optimizer
+        self._process = OwnProcess(
+            _find_and_make, wanted, num_threads=num_threads, keeps_pages=keeps_pages
+        )
 
     def step(self) -> dict[str, float]:
         """See `timing.Steps`."""
-        try:
-            return self._pool.submit(_step_there, self._request).result()
-        except BrokenProcessPool:
-            raise RuntimeError(KILLED) from None
+        times: dict[str, float] = self._process.call("step")
+        return times
 
     def close(self) -> None:
         """See `timing.Steps`."""
-        self._pool.shutdown()
+        self._process.close()
 
 
-_made: list[Here] = []  # in the other process
-
-
-def _step_there(request: Request) -> dict[str, float]:
-    """What the other process does; the contestant is made at the first step."""
-    if not _made:
-        torch.set_num_threads(request.num_threads)
-        if request.keep_pages:
-            keep_pages()
-        entry = find_entry(request.problem, request.name, request.spec, bias=request.bias)
-        optimizer = None if request.optimizer is None else optimizer_factory(request.optimizer)
-        contestant = Workshop(request.problem).build(entry)
-        _made.append(Here(contestant, optimizer, request.problem.device))
-    return _made[0].step()
+def _find_and_make(
+    problem: Problem, name: str, spec: Spec, bias: bool, optimizer: Spec | None
+) -> Here:
+    """What the other process begins with."""
+    entry = find_entry(problem, name, spec, bias=bias)
+    make = None if optimizer is None else optimizer_factory(optimizer)
+    return Here(Workshop(problem).build(entry), make, problem.device)
 
 
 def _is_sparse(parameter: torch.nn.Parameter) -> bool:

@@ -11,7 +11,7 @@ from lm_softmax.benchmark.line_up import line_up
 from lm_softmax.benchmark.memory import measure
 from lm_softmax.benchmark.problem import Problem
 from lm_softmax.benchmark.results import Result
-from lm_softmax.benchmark.steps import Apart, Here, Request, optimizer_factory
+from lm_softmax.benchmark.steps import Apart, Here, optimizer_factory
 from lm_softmax.benchmark.timing import (
     FORWARD_BACKWARD,
     Steps,
@@ -129,8 +129,15 @@ def _steps(
     num_threads = torch.get_num_threads()
     for entry in entries:
         if contestants.pop(entry.name, None) is not None:
-            options = plan.bias, plan.optimizer, num_threads, plan.keep_pages
-            found[entry.name] = Apart(Request(problem, entry.name, entry.spec, *options))
+            found[entry.name] = Apart(
+                problem,
+                entry.name,
+                entry.spec,
+                bias=plan.bias,
+                optimizer=plan.optimizer,
+                num_threads=num_threads,
+                keeps_pages=plan.keep_pages,
+            )
     if problem.device.startswith("cuda"):
         torch.cuda.empty_cache()
     return found

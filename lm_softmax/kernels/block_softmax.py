@@ -8,6 +8,7 @@ take.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from lm_softmax.kernels.workspace import workspace
 
 BLOCK_VALUES = 2**20  # logits of a block: more leave the cache, or have glibc give pages back
 MIN_BLOCK_WORDS = 2048  # fewer make products slow
+STEP_OF_WORDS = 256  # an odd number of steps: words of other rows then lie in other sets of a cache
 LEAST_SHARE = 1e-20  # of a block in its row: its inverse is finite, and so is it, weighted
 
 
@@ -58,13 +60,15 @@ class _Normaliser(NamedTuple):
 
 def cut(matrix: Matrix, num_rows: int) -> list[Block]:
     """The words of a matrix in the order of their ids, in blocks for so many rows of logits."""
-    size = max(BLOCK_VALUES // max(num_rows, 1) // 256 * 256, MIN_BLOCK_WORDS)
+    num_steps = max(BLOCK_VALUES // max(num_rows, 1), MIN_BLOCK_WORDS) // STEP_OF_WORDS
+    size = ((num_steps - 1) | 1) * STEP_OF_WORDS
     found, first = [], 0
     for index, block in enumerate(matrix.blocks):
-        for start in range(0, block.shape[0], size):
-            stop = min(start + size, block.shape[0])
+        num_words = block.shape[0]
+        starts = range(0, max(num_words - size // 2, 1), size)  # a short rest joins the last
+        for start, stop in pairwise([*starts, num_words]):
             found.append(Block(index, slice(start, stop), slice(first + start, first + stop)))
-        first += block.shape[0]
+        first += num_words
     return found
 
 
@@ -248,6 +252,6 @@ def _turned(inputs: Tensor) -> Tensor:
 
 
 def _put(out: Tensor | None, found: Tensor, keep: bool) -> None:
-    """Add what was found, or overwrite what there was."""
+    """Add what was found, or overwrite what there was; `copy_` would transpose in one thread."""
     if out is not None:
-        out.add_(found) if keep else out.copy_(found)
+        out.add_(found) if keep else torch.mul(found, 1, out=out)

@@ -97,7 +97,10 @@ def fuses(like: Tensor) -> bool:
 def chunk_rows(
     num_rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor | None = None
 ) -> int:
-    """Rows per chunk: at most about `CHUNK_BYTES` of logits, in chunks of equal size on a CPU.
+    """Rows per chunk: about `CHUNK_BYTES` of logits; on a CPU in chunks of equal size.
+
+    Products of half as many rows take a CPU much more than half the time. So a few rows too many do
+    not make two chunks there: one holds half as much again at most.
 
     An accelerator reads and writes the weights' gradient once a chunk, 8 bytes a weight, and moves
     about 16 bytes a logit. From as many rows as the matrix is wide the logits outweigh the weights,
@@ -114,7 +117,9 @@ def chunk_rows(
         most = max(most, like.shape[-1])
         most = most // TILE_ROWS * TILE_ROWS or most
         return max(min(num_rows, most), 1)
-    return max(-(-num_rows // max(-(-num_rows // most), 1)), 1)
+    spare = most // 2 if most > MIN_CHUNK_ROWS else most - 1
+    num_chunks = max((num_rows + spare) // most, 1)
+    return max(-(-num_rows // num_chunks), 1)
 
 
 def dense_logits(rows: Tensor, matrix: Matrix, softcap: float | None) -> Tensor:

@@ -20,6 +20,7 @@ NARROW = 64  # width below which MKL multiplies rows well, unless they are BLOCK
 SOME_WEIGHTS, MANY_WEIGHTS = 2**18, 2**20  # for which columns and oneDNN are worth their calls
 STEP_OF_ROWS = 8  # numbers of rows that oneDNN makes code for: a power of two
 BLOCK_VALUES = 2**19  # that oneDNN makes at once: they are copied while the cache has them
+TURNED_ROWS, TURNED_SHAPE = 320, 5  # from so many on, or so many a column: decision 014
 FP16_GAIN = 256.0  # lifts small probabilities out of fp16's subnormals; undone in float32
 
 
@@ -154,11 +155,11 @@ def fill_up(left: Tensor, least_step: int = 1) -> Tensor:
 def is_faster_turned(left: Tensor) -> bool:
     """Whether `linear(left.t(), logits.t())` makes `logits.t() @ left` sooner than MKL does.
 
-    So it does from five rows a column of `left` on: 60 ms to 45, with the product by the weights,
-    of 700 rows 32 wide and 50,000 words, and 17 to 14 of 180 rows 16 wide and 90,000 words.
+    So it does of many rows, and of fewer where they are narrow (`TURNED_ROWS`, `TURNED_SHAPE`).
     """
     num_rows, width = left.shape
-    return num_rows >= 5 * width and left.dtype == torch.float32 and _uses_onednn()
+    many = num_rows >= min(TURNED_SHAPE * width, TURNED_ROWS)
+    return many and left.dtype == torch.float32 and _uses_onednn()
 
 
 def _uses_onednn() -> bool:

@@ -12,6 +12,7 @@ from lm_softmax.kernels.block_softmax import add_block_gradients, block_losses, 
 from lm_softmax.kernels.dense import Gradients, Matrix, Objective
 
 PLAIN = Objective()
+USUAL = {name: getattr(block_softmax, name) for name in ("BLOCK_VALUES", "MIN_BLOCK_WORDS")}
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,7 @@ def small_blocks(monkeypatch):
     """Of seven words, whatever the number of rows."""
     monkeypatch.setattr(block_softmax, "BLOCK_VALUES", 0)
     monkeypatch.setattr(block_softmax, "MIN_BLOCK_WORDS", 7)
+    monkeypatch.setattr(block_softmax, "STEP_OF_WORDS", 1)
 
 
 @pytest.fixture(params=["onednn", "mkl"])
@@ -238,6 +240,21 @@ def test_blocks_cover_all_words_once(num_rows, sizes):
         assert block.rows.stop - block.rows.start == block.words.stop - block.words.start > 0
         seen[block.number] = block.rows.stop
     assert seen == sizes
+
+
+@given(num_rows=st.integers(0, 5000), size=st.integers(1, 10**6))
+def test_blocks_are_of_one_size_whose_rows_do_not_share_the_sets_of_a_cache(num_rows, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_softmax, "STEP_OF_WORDS", 256)
+        for name, value in USUAL.items():
+            patch.setattr(block_softmax, name, value)
+        *others, last = cut(Matrix([torch.empty(size, 0)], None), num_rows)
+    lengths = {block.rows.stop - block.rows.start for block in others}
+    assert len(lengths) <= 1
+    for length in lengths:
+        assert length % 512 == 256
+        assert length * num_rows <= max(USUAL["BLOCK_VALUES"], num_rows * USUAL["MIN_BLOCK_WORDS"])
+        assert 0.5 * length <= last.rows.stop - last.rows.start <= 1.5 * length
 
 
 @given(num_rows=st.integers(1, 10**5))

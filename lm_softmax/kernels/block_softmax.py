@@ -5,10 +5,13 @@ them and the products that take their derivative to the gradients find them in t
 no rows of a wider matrix. A block's softmax is over its own words. Its share of the whole is known
 when all blocks are there, and is one factor a row that the small operands of the last products
 take.
+
+A step has many blocks, and each call of torch takes a few microseconds: so there are few of them.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,15 +30,10 @@ from lm_softmax.kernels.workspace import workspace
 BLOCK_VALUES = 2**20  # logits of a block: more leave the cache, or have glibc give pages back
 MIN_BLOCK_WORDS = 2048  # fewer make products slow
 STEP_OF_WORDS = 256  # an odd number of steps: words of other rows then lie in other sets of a cache
+UNDERFLOW_NLL = -math.log(UNDERFLOW)
 LEAST_SHARE = 1e-20  # of a block in its row: its inverse is finite, and so is it, weighted
 
-
-class Block(NamedTuple):
-    """Words that lie in one block of a matrix."""
-
-    number: int  # of the matrix's block
-    rows: slice  # of that block
-    words: slice  # of the softmax
+Sizes = Sequence[Sequence[int]]  # numbers of words: of each block of each of the matrix's
 
 
 class Derivative(NamedTuple):
@@ -45,31 +43,21 @@ class Derivative(NamedTuple):
     """
 
     inputs: Tensor  # (N, width), what the matrix was multiplied with
-    blocks: Sequence[Block]
+    sizes: Sizes
     parts: Sequence[Tensor]  # (N, words of the block) each
     share: Tensor  # (blocks, N)
 
 
-class _Normaliser(NamedTuple):
-    """Of the rows of a softmax."""
-
-    peak: Tensor  # (N,): largest logit
-    log_total: Tensor  # (N,): of the exponentials of what logits are above it
-    log_share: Tensor  # (blocks, N): of a row's blocks
-
-
-def cut(matrix: Matrix, num_rows: int) -> list[Block]:
-    """The words of a matrix in the order of their ids, in blocks for so many rows of logits."""
+def cut(matrix: Matrix, num_rows: int) -> list[list[int]]:
+    """How many words to take at once, of each block of the matrix, for so many rows of logits."""
     num_steps = max(BLOCK_VALUES // max(num_rows, 1), MIN_BLOCK_WORDS) // STEP_OF_WORDS
     size = ((num_steps - 1) | 1) * STEP_OF_WORDS
-    found, first = [], 0
-    for index, block in enumerate(matrix.blocks):
+    sizes = []
+    for block in matrix.blocks:
         num_words = block.shape[0]
         starts = range(0, max(num_words - size // 2, 1), size)  # a short rest joins the last
-        for start, stop in pairwise([*starts, num_words]):
-            found.append(Block(index, slice(start, stop), slice(first + start, first + stop)))
-        first += num_words
-    return found
+        sizes.append([stop - start for start, stop in pairwise([*starts, num_words])])
+    return sizes
 
 
 def block_losses(
@@ -98,78 +86,98 @@ def block_losses(
     inputs = products.fill_up(inputs)
     if filling := inputs.shape[0] - num_rows:
         target = torch.cat([target, target[-1:].expand(filling)])
-    blocks, softcap = cut(matrix, inputs.shape[0]), objective.softcap
+    sizes, (softcap, smoothing, z_loss) = cut(matrix, inputs.shape[0]), objective
     size = (1, inputs.shape[0] * matrix.num_rows)
-    flat = workspace("logits", size, inputs, dtype)[0]
-    parts, slopes = list(_parts(flat, blocks, inputs.shape[0])), None
+    flat, slopes = workspace("logits", size, inputs, dtype)[0], None
+    parts = _parts(flat, sizes, inputs.shape[0])
     if softcap is not None and with_derivative:
-        slope = workspace("slope", size, inputs, dtype)[0]
-        slopes = list(_parts(slope, blocks, inputs.shape[0]))
-    normaliser, logit_sum = _softmax(inputs, matrix, blocks, objective, parts, slopes)
+        slopes = _parts(workspace("slope", size, inputs, dtype)[0], sizes, inputs.shape[0])
+    top, most, logit_sum = _softmax(inputs, matrix, sizes, objective, parts, slopes)
 
-    place, block = _places(blocks, target)
-    probability = flat[place]
-    nll = -(probability.log() + normaliser.log_share.gather(0, block.unsqueeze(0))[0])
-    lost = probability < UNDERFLOW  # in its block: the logit tells what is left
-    if lost.any():
+    peak, (share, total) = top.amax(0), _shares(top, most)
+    place, slot = _places(sizes, target)
+    own_share = share.view(-1).index_select(0, slot)
+    nll = flat.index_select(0, place).mul_(own_share).log_().neg_()
+    if not nll.amax() < UNDERFLOW_NLL:  # which is nan where a block has no possible word
+        impossible = top == -torch.inf
+        for part, rows in zip(parts, impossible, strict=True):
+            part.masked_fill_(rows.unsqueeze(1), 0)
+        share, total = _shares(top, most.masked_fill_(impossible, 1))
+        own_share = share.view(-1).index_select(0, slot)
+        nll = flat.index_select(0, place).mul_(own_share).log_().neg_()
+        lost = ~(nll < UNDERFLOW_NLL)  # the logit tells what is left of the probability
         logit = _target_logits(inputs[lost], matrix, target[lost], softcap).to(dtype)
-        nll[lost] = (normaliser.peak[lost] - logit) + normaliser.log_total[lost]
-    lse, loss = normaliser.peak + normaliser.log_total, nll
-    smoothing, z_loss = objective.label_smoothing, objective.z_loss
-    if smoothing:
-        loss = (1 - smoothing) * nll + smoothing * (lse - logit_sum / matrix.num_rows)
-    if z_loss:
-        loss = loss + z_loss * lse.square()
+        nll[lost] = (peak[lost] - logit) + total[lost].log()
+    loss = nll
+    if smoothing or z_loss:
+        lse = peak + total.log()
+        if smoothing:
+            loss = (1 - smoothing) * nll + smoothing * (lse - logit_sum / matrix.num_rows)
+        if z_loss:
+            loss = loss + z_loss * lse.square()
+            for part in parts if with_derivative else ():
+                part.mul_((1 + 2 * z_loss * lse).unsqueeze(1))
     if not with_derivative:
         return loss[:num_rows], None
 
-    share = normaliser.log_share.exp().clamp_(min=LEAST_SHARE)
-    for part, own in zip(parts, share, strict=True):
-        if z_loss:
-            part.mul_((1 + 2 * z_loss * lse).unsqueeze(1))
-        if smoothing:
+    share.clamp_(min=LEAST_SHARE)
+    if smoothing:
+        for part, own in zip(parts, share, strict=True):
             part.sub_((smoothing / matrix.num_rows / own).unsqueeze(1))
-    flat[place] += (smoothing - 1) / share.gather(0, block.unsqueeze(0))[0]
+    flat.index_add_(0, place, (smoothing - 1) / own_share.clamp_(min=LEAST_SHARE))
     if slopes is not None:
-        for part, slope_of_part in zip(parts, slopes, strict=True):
-            part.mul_(slope_of_part)
+        for part, slope in zip(parts, slopes, strict=True):
+            part.mul_(slope)
     if scale is not None:
         share[:, :num_rows].mul_(scale)
-    share[:, num_rows:] = 0
-    return loss[:num_rows], Derivative(inputs, blocks, parts, share)
+    if filling:
+        share[:, num_rows:] = 0
+    return loss[:num_rows], Derivative(inputs, sizes, parts, share)
 
 
-def _parts(flat: Tensor, blocks: Sequence[Block], num_rows: int) -> Iterator[Tensor]:
+def _parts(flat: Tensor, sizes: Sizes, num_rows: int) -> list[Tensor]:
     """Where the logits of each block lie, `(num_rows, words)`."""
-    for block in blocks:
-        yield flat[num_rows * block.words.start : num_rows * block.words.stop].view(num_rows, -1)
+    pieces = flat.split_with_sizes([num_rows * size for size in chain(*sizes)])
+    return [piece.view(num_rows, -1) for piece in pieces]
 
 
-def _places(blocks: Sequence[Block], target: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the logit of each row's target lies among those of all blocks, and in which."""
-    starts = torch.tensor([block.words.start for block in blocks])
-    sizes = torch.tensor([block.words.stop for block in blocks]) - starts
-    block = torch.bucketize(target, starts, right=True) - 1
-    row = torch.arange(target.shape[0])
-    start = starts[block]
-    return target.shape[0] * start + row * sizes[block] + (target - start), block
+def _places(sizes: Sizes, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row's target lies among the logits of all blocks, and its share among theirs."""
+    num_rows, words = target.shape[0], [*chain(*sizes)]
+    row = torch.arange(num_rows, device=target.device)
+    if len(words) == 1:
+        return torch.add(target, row, alpha=words[0]), row
+    starts = [0, *accumulate(words[:-1])]
+    block = torch.bucketize(target, target.new_tensor(starts[1:]), right=True)
+    table = target.new_tensor([[(num_rows - 1) * start for start in starts], words])
+    before, width = table.index_select(1, block)  # all rows of the blocks before, save one
+    return before.add_(target).addcmul_(row, width), torch.add(row, block, alpha=num_rows)
 
 
 def _softmax(
     inputs: Tensor,
     matrix: Matrix,
-    blocks: Sequence[Block],
+    sizes: Sizes,
     objective: Objective,
     parts: Sequence[Tensor],
     slopes: Sequence[Tensor] | None,
-) -> tuple[_Normaliser, Tensor]:
-    """Fill the parts with the softmax of each block; also the sum of a row's logits, if wanted."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill the parts with the softmax of each block.
+
+    Returns:
+        The largest logit and the largest probability of each block, `(blocks, N)`, and the sum of a
+        row's logits, `(N,)`, if it is wanted.
+    """
     softcap, smoothing, _ = objective
-    top = parts[0].new_empty(len(blocks), inputs.shape[0])
-    log_sum, logit_sum = torch.empty_like(top), top.new_zeros(inputs.shape[0])
-    for i, (block, part) in enumerate(zip(blocks, parts, strict=True)):
-        bias = None if matrix.bias is None else matrix.bias[block.words]
-        logits = products.linear(inputs, matrix.blocks[block.number][block.rows], bias, part.dtype)
+    top = parts[0].new_empty(len(parts), inputs.shape[0])
+    most, logit_sum = torch.empty_like(top), top.new_zeros(inputs.shape[0])
+    rows, biases = _pieces(matrix.blocks, sizes), _pieces([matrix.bias], [[*chain(*sizes)]])
+    outputs = zip(parts, top.unbind(0), most.unbind(0), strict=True)
+    for i, (block, bias, (part, own_top, own_most)) in enumerate(
+        zip(rows, biases, outputs, strict=True)
+    ):
+        assert block is not None
+        logits = products.linear(inputs, block, bias, part.dtype)
         if softcap is not None:
             logits.div_(softcap).tanh_()
             if slopes is not None:  # of tanh, 1 - tanh(a / softcap)**2
@@ -177,20 +185,30 @@ def _softmax(
             logits.mul_(softcap)
         if smoothing:
             logit_sum += logits.sum(1)
-        torch.amax(logits, 1, out=top[i])
+        torch.amax(logits, 1, out=own_top)
         torch.softmax(logits, 1, out=part)
-        torch.amax(part, 1, out=log_sum[i])
-    log_sum.log_().neg_()  # of the exponentials of what logits are above the block's largest
-    impossible = top == -torch.inf  # all words of a block, which those of others need not be
-    if impossible.any():
-        log_sum.masked_fill_(impossible, 0)
-        for part, rows in zip(parts, impossible, strict=True):
-            part.masked_fill_(rows.unsqueeze(1), 0)
-    peak = top.amax(0)
-    log_share = top.sub_(peak).add_(log_sum)
-    log_total = log_share.logsumexp(0)
-    log_share.sub_(log_total)
-    return _Normaliser(peak, log_total, log_share), logit_sum
+        torch.amax(part, 1, out=own_most)
+    return top, most, logit_sum
+
+
+def _pieces(tensors: Iterable[Tensor | None], sizes: Sizes) -> list[Tensor | None]:
+    """The rows of each block, None where there is no tensor."""
+    found: list[Tensor | None] = []
+    for tensor, words in zip(tensors, sizes, strict=True):
+        found += [None] * len(words) if tensor is None else tensor.split_with_sizes([*words])
+    return found
+
+
+def _shares(top: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of each block in its row, `(blocks, N)`, and the sum that it is of, `(N,)`.
+
+    Args:
+        top: Largest logit, `(blocks, N)`.
+        most: Its probability in its block, one over the sum of the exponentials.
+    """
+    share = (top - top.amax(0)).exp_().div_(most)
+    total = share.sum(0)
+    return share.div_(total), total
 
 
 def _target_logits(inputs: Tensor, matrix: Matrix, target: Tensor, softcap: float | None) -> Tensor:
@@ -218,32 +236,32 @@ def add_block_gradients(
         gradients: Buffers.
         keep: Whether to add to those of the matrix.
     """
-    inputs = derivative.inputs.to(derivative.share.dtype)
+    _, sizes, parts, share = derivative
+    inputs, hidden = derivative.inputs.to(share.dtype), gradients.hidden
     turned = _turned(inputs) if products.is_faster_turned(inputs) else None
-    for index, (block, part, share) in enumerate(
-        zip(derivative.blocks, derivative.parts, derivative.share, strict=True)
-    ):
-        buffer = gradients.blocks[block.number]
-        of_rows = None if buffer is None else buffer[block.rows]
-        of_bias = None if gradients.bias is None else gradients.bias[block.words]
+    buffers = _pieces(gradients.blocks, sizes)
+    of_biases = _pieces([gradients.bias], [[*chain(*sizes)]])
+    blocks = zip(parts, share.unbind(0), _pieces(matrix, sizes), buffers, of_biases, strict=True)
+    for index, (part, own, rows, of_rows, of_bias) in enumerate(blocks):
         if of_rows is not None and turned is not None:
-            found = products.linear(turned * share, part.t(), None, part.dtype)
+            found = products.linear(turned * own, part.t(), None, part.dtype)
             _put(of_rows, found[:-1].t(), keep)
             _put(of_bias, found[-1], keep)
         else:
             if of_bias is not None:
-                torch.addmv(of_bias, part.t(), share, beta=int(keep), out=of_bias)
+                torch.addmv(of_bias, part.t(), own, beta=int(keep), out=of_bias)
             if of_rows is not None:
-                weighted = inputs * share.unsqueeze(1)
+                weighted = inputs * own.unsqueeze(1)
                 products.accumulate(of_rows, part.t(), weighted, keep=keep, alpha=1.0)
-        if gradients.hidden is not None:
-            rows = matrix[block.number][block.rows]
-            num_rows, factor = gradients.hidden.shape[0], share.unsqueeze(1)
-            of_hidden = products.linear(part, rows.t(), None, part.dtype)[:num_rows]
+        if hidden is not None and rows is not None:
+            found = products.linear(part, rows.t(), None, part.dtype)
+            factor = own.unsqueeze(1)
+            if len(found) > len(hidden):
+                found, factor = found[: len(hidden)], factor[: len(hidden)]
             if index:
-                gradients.hidden.addcmul_(of_hidden, factor[:num_rows])
+                hidden.addcmul_(found, factor)
             else:
-                torch.mul(of_hidden, factor[:num_rows], out=gradients.hidden)
+                torch.mul(found, factor, out=hidden)
 
 
 def _turned(inputs: Tensor) -> Tensor:

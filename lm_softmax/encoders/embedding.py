@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lm_softmax.encoders.base import check_size
 from lm_softmax.heads.cutoffs import resolve_clusters
+from lm_softmax.kernels.workspace import reads_are_cheap
 
 
 class WordEmbedding(nn.Embedding):
@@ -56,10 +57,11 @@ class AdaptiveEmbedding(nn.Module):
     `tail_weights[i] @ projections[i]`, and whose rows before `cutoffs[0]` are `weight`; the table
     itself is never made. Shapes are those of `AdaptiveSoftmax`, so that the two can share them.
 
-    Each cluster looks up every token, those of other clusters as a row that is masked to zero. The
-    shapes so depend on `tokens.shape` alone: no host synchronisation, no graph break, and each
-    parameter gets a (zero) gradient from a batch without its words. The projections of `N` tokens
-    cost `N * embedding_size * sum(tail_sizes)` multiplications, a small part of one LSTM layer.
+    On a CPU each cluster looks up its own tokens. Elsewhere, and compiled, it looks up every token,
+    those of other clusters as a row that is masked to zero: shapes then depend on `tokens.shape`
+    alone, without host synchronisation or graph break, and the projections of `N` tokens cost
+    `N * embedding_size * sum(tail_sizes)` multiplications. Either way each parameter gets a (zero)
+    gradient from a batch without its words.
 
     Entries of a table start from N(0, 1 / its width) as in fairseq, those of a projection from
     N(0, 1 / embedding_size): every embedding then has unit length on average, in each cluster.
@@ -77,9 +79,9 @@ class AdaptiveEmbedding(nn.Module):
             `min_tail_size`.
         cost_model: The device that "auto" predicts the time for, "cpu" or "cuda".
         sparse: Whether the gradients of the tables are sparse tensors, see `WordEmbedding`; those
-            of the projections are dense. Each table's holds one row a token, and the tokens of
-            other clusters add zeros to its first row, which Adagrad and SGD do not notice;
-            SparseAdam takes that row for touched in every step.
+            of the projections are dense. Where each table looks up every token, the tokens of other
+            clusters add zeros to its first row, which Adagrad and SGD do not notice; SparseAdam
+            takes that row for touched in every step.
 
     Raises:
         ValueError: If cutoffs or widths are impossible.
@@ -139,6 +141,10 @@ class AdaptiveEmbedding(nn.Module):
         """Embeddings of ids of any shape; an id outside `[0, vocab_size)` is an `IndexError`."""
         if not self.cutoffs:
             return look_up(self.weight, tokens, sparse=self.sparse)
+        if reads_are_cheap(tokens) and not (
+            torch.compiler.is_compiling() or _is_dealt(self.weight)
+        ):
+            return self._of_sorted_tokens(tokens)
         rows = []
         for table, begin, end in zip(
             self.tail_weights, self.cutoffs, [*self.cutoffs[1:], None], strict=True
@@ -149,6 +155,20 @@ class AdaptiveEmbedding(nn.Module):
             rows.append(self._masked_rows(table, tokens - begin, inside))
         projected = torch.cat(rows, -1) @ torch.cat([_own(part) for part in self.projections])
         return self._masked_rows(self.weight, tokens, tokens < self.cutoffs[0]) + projected
+
+    def _of_sorted_tokens(self, tokens: Tensor) -> Tensor:
+        flat = tokens.flatten().contiguous()
+        begins = torch.tensor([0, *self.cutoffs], device=tokens.device)
+        cluster, order = torch.bucketize(flat, begins[1:], right=True).sort(stable=True)
+        rows = flat[order] - begins[cluster]
+        sizes = torch.bincount(cluster, minlength=len(begins)).tolist()
+        frequent, *rest = rows.split_with_sizes(sizes)
+        found = [look_up(self.weight, frequent, sparse=self.sparse)]
+        for table, projection, own in zip(self.tail_weights, self.projections, rest, strict=True):
+            found.append(look_up(table, own, sparse=self.sparse) @ projection)
+        sorted_rows = torch.cat(found)
+        out = sorted_rows.new_empty(sorted_rows.shape).index_copy(0, order, sorted_rows)
+        return out.view(*tokens.shape, self.embedding_size)
 
     def _masked_rows(self, table: Tensor, rows: Tensor, inside: Tensor) -> Tensor:
         """`table[rows]` where `inside`, and zeros elsewhere."""

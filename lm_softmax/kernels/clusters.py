@@ -92,11 +92,11 @@ def sort_by_cluster(hidden: Tensor, target: Tensor, sizes: Sequence[int], ignore
     borders = torch.arange(1, len(sizes) + 1, device=target.device)
     ends = torch.searchsorted(cluster, borders).tolist()
     tokens, cluster = tokens[: ends[-1]], cluster[: ends[-1]]
-    wanted = target[tokens]
+    wanted = target.index_select(0, tokens)
     slices = [slice(start, end) for start, end in pairwise(ends)]
     relative = [wanted[part] - start for part, start in zip(slices, starts, strict=True)]
     wanted = torch.where(cluster == 0, wanted, sizes[0] - 1 + cluster)
-    return Order(tokens, hidden[tokens], wanted, slices, relative)
+    return Order(tokens, hidden.index_select(0, tokens), wanted, slices, relative)
 
 
 def clustered_losses(
@@ -188,7 +188,9 @@ def _sorted_losses(
             else:
                 sorted_hidden[part].addmm_(of_projected, tail.projection.to(losses.dtype))
     if of_hidden is not None and sorted_hidden is not None:
-        of_hidden.zero_().index_copy_(0, order.tokens, sorted_hidden)
+        if len(order.tokens) < len(of_hidden):
+            of_hidden.zero_()
+        of_hidden.index_copy_(0, order.tokens, sorted_hidden)
     return losses
 
 

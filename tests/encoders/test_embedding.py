@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from lm_softmax.encoders import AdaptiveEmbedding, WordEmbedding
+from lm_softmax.encoders import embedding as embedding_module
 from lm_softmax.heads import AdaptiveSoftmax
 
 TIGHT = {"atol": 1e-10, "rtol": 1e-10}
@@ -37,12 +38,14 @@ def embeddings(draw):
     ).double()
 
 
-@settings(max_examples=60, deadline=None)
-@given(embedding=embeddings(), data=st.data())
-def test_equals_a_lookup_in_the_dense_table(embedding, data):
+@settings(max_examples=80, deadline=None)
+@given(embedding=embeddings(), reads_are_cheap=st.booleans(), data=st.data())
+def test_equals_a_lookup_in_the_dense_table(embedding, reads_are_cheap, data):
     shape = data.draw(st.sampled_from([(), (1,), (0,), (3, 5), (2, 1, 4)]))
     tokens = torch.randint(embedding.num_embeddings, shape)
-    found = embedding(tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_module, "reads_are_cheap", lambda _: reads_are_cheap)
+        found = embedding(tokens)
     expected = dense_table(embedding)[tokens]
     assert found.shape == (*shape, embedding.embedding_size)
     assert_close(found, expected, **TIGHT)

@@ -61,7 +61,7 @@ def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     if left.dtype == rows.dtype == dtype:
         bias = None if bias is None else bias.to(dtype).contiguous()  # oneDNN takes it for that
         if dtype == torch.float32 and _uses_onednn():
-            return torch.ops.mkldnn._linear_pointwise(left, rows, bias, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise.default(left, rows, bias, "none", [], "")
         out = workspace("product", (left.shape[0], rows.shape[0]), left, dtype)
         if bias is None:
             return torch.mm(left, rows.t(), out=out)
@@ -186,7 +186,7 @@ def _prefers_onednn() -> bool:
     left = torch.eye(3, 5, dtype=torch.float32, device="cpu")
     right, bias = left.new_tensor(range(20)).view(4, 5), left.new_tensor(range(4))
     try:
-        found = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+        found = torch.ops.mkldnn._linear_pointwise.default(left, right, bias, "none", [], "")
         return torch.allclose(found, torch.addmm(bias, left, right.t()))
     except (AttributeError, RuntimeError, TypeError):  # no public name: it may change
         return False

@@ -49,7 +49,7 @@ def _teach_allocator() -> None:
     Its threshold is the size of the largest block that it has unmapped so far (`M_MMAP_THRESHOLD`
     in mallopt(3)), so it depends on what the process has freed before. This block is not touched.
     """
-    torch.empty(LEARNT_BYTES, dtype=torch.uint8, device="cpu")
+    bytearray(LEARNT_BYTES)
 
 
 def aligned_rows(shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:

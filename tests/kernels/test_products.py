@@ -302,10 +302,13 @@ def test_the_other_library_is_a_choice_only_where_it_is_known(missing, monkeypat
         backend = getattr(torch.backends, name)
         monkeypatch.setattr(backend, "is_available", lambda name=name: missing != name)
 
-    class Named:
+    class Product:
         @staticmethod
-        def _linear_pointwise(left, right, bias, *options):
+        def default(left, right, bias, *options):
             return F.linear(left, right) if missing == "result" else F.linear(left, right, bias)
+
+    class Named:
+        _linear_pointwise = Product
 
     class Other:
         mkldnn = object() if missing == "name" else Named

@@ -249,7 +249,7 @@ def add_block_gradients(
             _put(of_bias, found[-1], keep)
         else:
             if of_bias is not None:
-                torch.addmv(of_bias, part.t(), own, beta=int(keep), out=of_bias)
+                products.weighted_sum(of_bias, own, part, keep=keep)
             if of_rows is not None:
                 weighted = inputs * own.unsqueeze(1)
                 products.accumulate(of_rows, part.t(), weighted, keep=keep, alpha=1.0)

@@ -56,6 +56,25 @@ def accumulate(out: Tensor, left: Tensor, right: Tensor, *, keep: bool, alpha: f
         torch.mul(_product(left, right, out.dtype), alpha, out=out)
 
 
+def weighted_sum(out: Tensor, weights: Tensor, rows: Tensor, *, keep: bool) -> None:
+    """`out = weights @ rows`, plus what it held with `keep`; a part a thread, where MKL takes one.
+
+    Args:
+        out: `(n,)`.
+        weights: `(N,)`.
+        rows: `(N, n)`.
+    """
+    num_parts, beta = torch.get_num_threads(), int(keep)
+    if out.shape[0] % num_parts:
+        torch.addmv(out, rows.t(), weights, beta=beta, out=out)
+        return
+    parts = out.view(num_parts, 1, -1)
+    factor = weights.expand(num_parts, 1, -1)
+    torch.baddbmm(
+        parts, factor, rows.unflatten(1, (num_parts, -1)).movedim(1, 0), beta=beta, out=parts
+    )
+
+
 def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`F.linear(left, rows, bias)` in `dtype`, on a CPU; the result may be overwritten."""
     if left.dtype == rows.dtype == dtype:

@@ -57,22 +57,23 @@ def accumulate(out: Tensor, left: Tensor, right: Tensor, *, keep: bool, alpha: f
 
 
 def weighted_sum(out: Tensor, weights: Tensor, rows: Tensor, *, keep: bool) -> None:
-    """`out = weights @ rows`, plus what it held with `keep`; a part a thread, where MKL takes one.
+    """`out = weights @ rows`, plus what it held with `keep`, in as many parts as there are threads.
+
+    MKL multiplies by a vector in one thread.
 
     Args:
         out: `(n,)`.
         weights: `(N,)`.
         rows: `(N, n)`.
+        keep: Whether to add.
     """
     num_parts, beta = torch.get_num_threads(), int(keep)
     if out.shape[0] % num_parts:
         torch.addmv(out, rows.t(), weights, beta=beta, out=out)
         return
-    parts = out.view(num_parts, 1, -1)
-    factor = weights.expand(num_parts, 1, -1)
-    torch.baddbmm(
-        parts, factor, rows.unflatten(1, (num_parts, -1)).movedim(1, 0), beta=beta, out=parts
-    )
+    parts, left = out.view(num_parts, 1, -1), weights.expand(num_parts, 1, -1)
+    right = rows.view(rows.shape[0], num_parts, -1).transpose(0, 1)
+    torch.baddbmm(parts, left, right, beta=beta, out=parts)
 
 
 def linear(left: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

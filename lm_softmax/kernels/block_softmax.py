@@ -56,7 +56,8 @@ def cut(matrix: Matrix, num_rows: int) -> list[list[int]]:
     for block in matrix.blocks:
         num_words = block.shape[0]
         starts = range(0, max(num_words - size // 2, 1), size)  # a short rest joins the last
-        sizes.append([stop - start for start, stop in pairwise([*starts, num_words])])
+        stops = [*starts, num_words] if num_words else []  # a block of the matrix may be empty
+        sizes.append([stop - start for start, stop in pairwise(stops)])
     return sizes
 
 

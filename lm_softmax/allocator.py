@@ -6,6 +6,7 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 OPT_OUT = "LM_SOFTMAX_KEEP_PAGES"
+MOST_LEARNT_BYTES = 2**25 - 2**16  # glibc's heap serves no blocks of 32 MiB and more unasked
 
 
 def keep_pages() -> bool:
@@ -27,6 +28,18 @@ def keep_pages() -> bool:
     if mallopt is None:  # musl has none
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def serve_from_heap() -> None:
+    """Have glibc's heap serve blocks of a few MB: mapped, each costs its page faults at each use.
+
+    It maps blocks that are larger than the largest one that it has unmapped so far
+    (`M_MMAP_THRESHOLD` in mallopt(3)), so this depends on what the process happens to have freed
+    before. The block that is freed here is not touched. Nothing is done with
+    `LM_SOFTMAX_KEEP_PAGES=0`.
+    """
+    if os.environ.get(OPT_OUT) != "0":
+        bytearray(MOST_LEARNT_BYTES)
 
 
 def give_back_pages() -> None:

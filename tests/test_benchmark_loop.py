@@ -12,7 +12,7 @@ import torch
 from lm_softmax.benchmark import main
 from lm_softmax.benchmark.loops import EncoderSizes, Text
 from lm_softmax.benchmark.plain_loop import PlainLoop
-from lm_softmax.benchmark.processes import OwnProcess
+from lm_softmax.benchmark.processes import KILLED, OwnProcess
 from lm_softmax.data.batching import StreamBatches
 
 LOOP = ["loop", "--vocab-size", "50", "--batch-size", "2", "--block-size", "3", "--steps", "3"]
@@ -78,7 +78,7 @@ def test_as_used_a_loop_has_a_process_of_its_own(
     assert main(words) == 0
     assert "a process each, pages kept as train.py keeps them" in capsys.readouterr().out
     (loop,) = json.loads((tmp_path / "loop.json").read_text())["loops"]
-    assert loop["what"] == "nn.Linear and F.cross_entropy"
+    assert loop["what"] == ("nn.Embedding, nn.LSTM, nn.Linear and F.cross_entropy, AdamW(lr=0.001)")
     assert len(loop["rounds_tokens_per_s"]) == 2
     assert abs(loop["last_loss"] - math.log(40)) < 1.5
 
@@ -114,3 +114,18 @@ def test_as_used_only_our_loops_keep_pages(tmp_path: Path, monkeypatch: pytest.M
         == 0
     )
     assert kept == {"LightningLoop": True, "PlainLoop": False, "closed": True}
+
+
+def test_a_loop_whose_process_is_killed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(self: OwnProcess, method: str) -> Any:
+        raise RuntimeError(KILLED)
+
+    monkeypatch.setattr(OwnProcess, "call", killed)
+    output = tmp_path / "none"
+    words = [*LOOP, "--heads", "--torch", "full@40", "--as-used", "--output", str(output)]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert capsys.readouterr().err == f"error: torch full @40: {KILLED}\n"
+    assert not output.exists()

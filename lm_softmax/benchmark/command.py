@@ -2,15 +2,18 @@
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 
-from lm_softmax.allocator import OPT_OUT, keep_pages
+from lm_softmax.allocator import keep_pages
 from lm_softmax.benchmark.machine import machine, one_line, versions
+from lm_softmax.benchmark.processes import PAGES_NOT_KEPT
 
 PROGRAM = "python -m lm_softmax.benchmark"
 FORMAT = 1  # of the JSON files: raise it when what a key means changes
@@ -25,6 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     parser = make_parser()
     options = parser.parse_args(words)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         _prepare(options)
         options.run(options, Report(words, options))
@@ -33,7 +37,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Other processes and temporary files are not left behind."""
+    raise SystemExit(128 + number)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,7 +94,7 @@ class Report:
     def machine_line(self) -> str:
         """Machine and versions, for a reader."""
         found = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        pages = "pages kept" if self.options["keep_pages"] else "allocator as by default"
+        pages = "pages kept" if self.options["keep_pages"] else "pages not kept"
         if self.options.get("as_used"):
             pages = "a process each, pages kept as train.py keeps them, not by plain loops"
         return f"{one_line(self.machine)}; {found}; {pages}."
@@ -136,7 +147,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="let glibc keep freed memory, as train.py does, for all contestants alike"
-        " (default: no, the allocator as it is)",
+        " (default: no)",
     )
     group.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
 
@@ -201,9 +212,7 @@ def _prepare(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.keep_pages and not keep_pages():
-        raise ValueError(
-            f"--keep-pages: the allocator did not take it (no glibc, a MALLOC_ variable, {OPT_OUT})"
-        )
+        raise ValueError(f"--keep-pages: {PAGES_NOT_KEPT}")
 
 
 def _whole(text: str, least: int) -> int:

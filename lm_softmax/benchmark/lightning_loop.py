@@ -108,8 +108,15 @@ class _Stopwatch(pl.Callback):
 
 def _structure(model: LanguageModel) -> str:
     """Encoder, head and optimizer, as far as one line can say."""
-    optimizer = model.hparams["optimizer"]
-    options = ", ".join(f"{name}={value}" for name, value in optimizer["init_args"].items())
-    name = optimizer["class_path"].rpartition(".")[2]
+    encoder, optimizer = _as_call(model.hparams["encoder"]), _as_call(model.hparams["optimizer"])
     head = f"{type(model.head).__name__}({model.head.extra_repr()})"
-    return f"{type(model.encoder).__name__}, {head}, {name}({options})"
+    tied = ", tied weights" if model.hparams["tie_weights"] else ""
+    return f"{encoder}, {head}{tied}, {optimizer}"
+
+
+def _as_call(spec: Any) -> str:
+    """A class and its options, as they would be written; values as they are."""
+    if not isinstance(spec, Mapping) or "class_path" not in spec:
+        return str(spec)
+    options = (f"{name}={_as_call(value)}" for name, value in spec.get("init_args", {}).items())
+    return f"{spec['class_path'].rpartition('.')[2]}({', '.join(options)})"

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ from lm_softmax.benchmark.problem import ZIPF
 from lm_softmax.benchmark.processes import OwnProcess
 from lm_softmax.benchmark.report import align, as_json, csv_text, show, write_text
 from lm_softmax.benchmark.results import Spread
-from lm_softmax.benchmark.timing import call_rounds
+from lm_softmax.benchmark.timing import call_rounds, first_line
 
 DESCRIPTION = """\
 Times whole training loops in tokens per second, in turns, in one process or, with --as-used, in one
@@ -32,6 +32,7 @@ A head or configuration trains at --vocab-size, or at its own after an @: FullSo
 """
 COLUMNS = ("loop", "words", "tokens/s", "ratio", "last loss")
 CSV_COLUMNS = ("loop", "vocab_size", "measure", "unit", "min", "median", "max")
+Result = TypeVar("Result")
 
 
 def add_parser(commands: Any, add_common_options: Callable[..., None]) -> None:
@@ -130,7 +131,10 @@ def _run(options: argparse.Namespace, report: Report) -> None:
         if reference not in contestants:
             raise ValueError(f"--reference: no loop {reference}, but {', '.join(contestants)}")
         make = partial(_in_own_process, stack) if options.as_used else _here
-        runs = {name: make(contestant) for name, contestant in contestants.items()}
+        runs = {
+            name: partial(_named, name, _named(name, partial(make, contestant)))
+            for name, contestant in contestants.items()
+        }
         outcomes = call_rounds(runs, options.rounds, say)
     hush()
     speeds = {
@@ -172,6 +176,14 @@ def _in_own_process(stack: ExitStack, contestant: _Contestant) -> Callable[[], O
     )
     stack.callback(process.close)
     return partial(process.call, "run")
+
+
+def _named(name: str, call: Callable[[], Result]) -> Result:
+    """What it returns; a loop that fails, for want of memory say, is an error of one line."""
+    try:
+        return call()
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {first_line(error)}") from error
 
 
 def _contestants(options: argparse.Namespace, folder: Path) -> dict[str, _Contestant]:
@@ -269,9 +281,10 @@ def _csv_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _setting(options: argparse.Namespace) -> str:
     text = "Zipf text" if options.targets == ZIPF else options.targets
+    own = "" if not options.configs else " (configurations have their own encoder and clipping)"
     return (
         f"batch {options.batch_size} x {options.block_size}, nn.LSTM {options.num_layers} x"
         f" {options.hidden_size} on embeddings of {options.embedding_size}, float32,"
-        f" {options.device}, {text}, clipping at {options.clip}, rounds of {options.steps} steps"
-        f" after {options.warmups}."
+        f" {options.device}, {text}, clipping at {options.clip}{own}, rounds of {options.steps}"
+        f" steps after {options.warmups}."
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lm_softmax import __version__
+from lm_softmax.allocator import OPT_OUT
 
 PACKAGES = ("torch", "lightning", "triton", "liger-kernel", "cut-cross-entropy")
 
@@ -22,7 +23,7 @@ def machine(device: str) -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "system": platform.platform(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "malloc": {name: value for name, value in os.environ.items() if "MALLOC_" in name},
+        "malloc": {n: v for n, v in os.environ.items() if "MALLOC_" in n or n == OPT_OUT},
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)

@@ -75,6 +75,7 @@ class PlainLoop(Loop):
         model = PlainModel(text.vocab_size, sizes, cutoffs if is_adaptive else None)
         self.model = model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
+        self._what = f"nn.Embedding, nn.LSTM, {self._what}, AdamW(lr={lr})"
         ids = text.ids().view(text.batch_size, -1)
         first = torch.zeros_like(ids[:, :1])  # <eos>
         self._inputs = torch.cat([first, ids[:, :-1]], 1)

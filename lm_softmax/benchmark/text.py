@@ -3,10 +3,7 @@
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -18,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import WordLevelTrainer
 
 from lm_softmax.benchmark.memory import MIB, read_status
+from lm_softmax.benchmark.processes import in_new_process
 from lm_softmax.corpus import Corpus, Source
 
 UNK, EOS = "<unk>", "<eos>"
@@ -140,13 +138,10 @@ def peak_memory(source: Source, num_proc: int | None, folder: Path) -> float:
     Raises:
         RuntimeError: If the system tells no high-water mark, or the process was killed.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_peak_here, replace(source), num_proc, folder).result()
-        except BrokenProcessPool:
-            raise RuntimeError("the process was killed, perhaps for its memory") from None
-        except OSError as error:
-            raise RuntimeError(f"no high-water mark of memory: {error}") from None
+    try:
+        return in_new_process(_peak_here, replace(source), num_proc, folder)
+    except OSError as error:
+        raise RuntimeError(f"no high-water mark of memory: {error}") from None
 
 
 def _peak_here(source: Source, num_proc: int | None, folder: Path) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LEARNT_BYTES = 2**25 - 2**16  # glibc keeps no blocks of 32 MiB and more
+from lm_softmax.allocator import serve_from_heap
+
 ROW_ALIGNMENT = 64  # elements: 128 bytes in the narrowest dtype, what the widest accesses want
 
 
@@ -34,22 +35,13 @@ def workspace(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype)
     if not reads_are_cheap(like):
         return torch.empty(shape, dtype=dtype, device=like.device)
     if not _buffers.held:
-        _teach_allocator()
+        serve_from_heap()
     size = shape[0] * shape[1]
     held = _buffers.held.get((name, dtype))
     if held is None or held.numel() < size:
         with torch.inference_mode(False):  # else it could be written inside of that mode only
             held = _buffers.held[name, dtype] = torch.empty(size, dtype=dtype)
     return held.as_strided((shape[0], shape[1]), (shape[1], 1))
-
-
-def _teach_allocator() -> None:
-    """Let glibc's heap serve blocks of a few MB: by default each costs its page faults at each use.
-
-    Its threshold is the size of the largest block that it has unmapped so far (`M_MMAP_THRESHOLD`
-    in mallopt(3)), so it depends on what the process has freed before. This block is not touched.
-    """
-    bytearray(LEARNT_BYTES)
 
 
 def aligned_rows(shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 OPT_OUT = "LM_SOFTMAX_KEEP_PAGES"
@@ -30,6 +31,7 @@ def keep_pages() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+@cache
 def serve_from_heap() -> None:
     """Have glibc's heap serve blocks of a few MB: mapped, each costs its page faults at each use.
 
@@ -39,7 +41,7 @@ def serve_from_heap() -> None:
     `LM_SOFTMAX_KEEP_PAGES=0`.
     """
     if os.environ.get(OPT_OUT) != "0":
-        bytearray(MOST_LEARNT_BYTES)
+        bytes(MOST_LEARNT_BYTES)
 
 
 def give_back_pages() -> None:

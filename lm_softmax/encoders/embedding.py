@@ -57,11 +57,12 @@ class AdaptiveEmbedding(nn.Module):
     `tail_weights[i] @ projections[i]`, and whose rows before `cutoffs[0]` are `weight`; the table
     itself is never made. Shapes are those of `AdaptiveSoftmax`, so that the two can share them.
 
-    On a CPU each cluster looks up its own tokens. Elsewhere, and compiled, it looks up every token,
-    those of other clusters as a row that is masked to zero: shapes then depend on `tokens.shape`
-    alone, without host synchronisation or graph break, and the projections of `N` tokens cost
-    `N * embedding_size * sum(tail_sizes)` multiplications. Either way each parameter gets a (zero)
-    gradient from a batch without its words.
+    On a CPU each cluster looks up its own tokens. Elsewhere, and compiled, traced, transformed or
+    dealt to several processes, it looks up every token, those of other clusters as a row that is
+    masked to zero: shapes then depend on `tokens.shape` alone, without host synchronisation or
+    graph break, and the projections of `N` tokens cost `N * embedding_size * sum(tail_sizes)`
+    multiplications. Either way each parameter gets a (zero) gradient from a batch without its
+    words.
 
     Entries of a table start from N(0, 1 / its width) as in fairseq, those of a projection from
     N(0, 1 / embedding_size): every embedding then has unit length on average, in each cluster.
@@ -141,9 +142,7 @@ class AdaptiveEmbedding(nn.Module):
         """Embeddings of ids of any shape; an id outside `[0, vocab_size)` is an `IndexError`."""
         if not self.cutoffs:
             return look_up(self.weight, tokens, sparse=self.sparse)
-        if reads_are_cheap(tokens) and not (
-            torch.compiler.is_compiling() or _is_dealt(self.weight)
-        ):
+        if reads_are_cheap(tokens) and not (_is_traced(tokens) or _is_dealt(self.weight)):
             return self._of_sorted_tokens(tokens)
         rows = []
         for table, begin, end in zip(
@@ -211,6 +210,17 @@ def look_up(table: Tensor, rows: Tensor, *, sparse: bool = False) -> Tensor:
     found = torch.where(inside.unsqueeze(-1), found, 0.0)
     shared = DTensor.from_local(found, placed.device_mesh, [Partial()], run_check=False)
     return cast(Any, shared).full_tensor(grad_placements=[Replicate()])
+
+
+def _is_traced(tokens: Tensor) -> bool:
+    """Whether a compiler, a tracer or a transform follows the operations: values mean nothing."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(tokens) is not Tensor
+    )
 
 
 def _is_dealt(table: Tensor) -> bool:

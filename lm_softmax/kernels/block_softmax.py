@@ -27,8 +27,8 @@ from lm_softmax.kernels.dense import (
 )
 from lm_softmax.kernels.workspace import workspace
 
-BLOCK_VALUES = 2**20  # logits of a block: more leave the cache, or have glibc give pages back
-MIN_BLOCK_WORDS = 2048  # fewer make products slow
+BLOCK_VALUES = 2**20  # logits of a block, but of the last: more leave the cache
+MIN_BLOCK_WORDS = 1792  # fewer make products slow
 STEP_OF_WORDS = 256  # an odd number of steps: words of other rows then lie in other sets of a cache
 UNDERFLOW_NLL = -math.log(UNDERFLOW)
 LEAST_SHARE = 1e-20  # of a block in its row: its inverse is finite, and so is it, weighted
@@ -151,7 +151,8 @@ def _places(sizes: Sizes, target: Tensor) -> tuple[Tensor, Tensor]:
     starts = [0, *accumulate(words[:-1])]
     block = torch.bucketize(target, target.new_tensor(starts[1:]), right=True)
     table = target.new_tensor([[(num_rows - 1) * start for start in starts], words])
-    before, width = table.index_select(1, block)  # all rows of the blocks before, save one
+    before, width = table.index_select(1, block)
+    # target - start + row * width, after num_rows * start logits of the blocks before
     return before.add_(target).addcmul_(row, width), torch.add(row, block, alpha=num_rows)
 
 

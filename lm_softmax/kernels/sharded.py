@@ -251,7 +251,7 @@ def _softmax_pass(
         if dtype == torch.float16 and scale.numel():  # a GradScaler's factor would overflow
             largest = scale.abs().amax().clamp(min=torch.finfo(total_dtype).tiny)
             scale = scale / largest
-    rows = chunk_rows(hidden.shape[0], share.most, total_dtype)
+    rows = chunk_rows(hidden.shape[0], share.most, total_dtype, hidden)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         inputs, own = hidden[part].to(dtype), _Columns(*(tensor[part] for tensor in columns))

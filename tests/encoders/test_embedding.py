@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from lm_softmax.encoders import AdaptiveEmbedding, WordEmbedding
@@ -173,3 +175,26 @@ def test_refuses_impossible_clusters(options, shown):
 def test_refuses_sizes_below_one(kind):
     with pytest.raises(ValueError, match="embedding_size must be at least 1, got 0"):
         kind(5, 0)
+
+
+class TestWhereValuesMeanNothing:
+    """What follows the operations of some tokens must serve others too."""
+
+    @pytest.fixture
+    def adaptive(self):
+        return AdaptiveEmbedding(30, 8, cutoffs=[5, 12], min_tail_size=2)
+
+    @pytest.mark.parametrize("trace", [torch.jit.trace, lambda f, x: make_fx(f)(x)])
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+    def test_a_trace(self, adaptive, trace):
+        traced = trace(adaptive, torch.tensor([0, 1, 20, 21]))
+        tokens = torch.tensor([2, 14, 16, 25])
+        assert_close(traced(tokens), dense_table(adaptive)[tokens])
+
+    def test_a_transform(self, adaptive):
+        tokens = torch.randint(30, (4, 7))
+        assert_close(torch.vmap(adaptive)(tokens), dense_table(adaptive)[tokens])
+
+    def test_tensors_without_values(self, adaptive):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert adaptive(mode.from_tensor(torch.arange(6).view(2, 3))).shape == (2, 3, 8)

@@ -330,11 +330,14 @@ def test_the_other_library_is_a_choice_only_where_it_is_known(missing, monkeypat
 @pytest.mark.parametrize("num_words", [1, 7, 24])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_weighted_sum_of_rows(num_words, keep, num_threads, monkeypatch):
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_a_weighted_sum_of_rows(num_rows, num_words, keep, num_threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    weights, rows = torch.randn(5).double(), torch.randn(5, num_words).double()
+    weights, rows = torch.randn(num_rows).double(), torch.randn(num_rows, num_words).double()
     before = torch.randn(num_words).double() if keep else torch.full((num_words,), torch.nan)
     out = before.double().clone()
     products.weighted_sum(out, weights, rows, keep=keep)
-    expected = sum(weight * row for weight, row in zip(weights, rows, strict=True))
-    assert_close(out, expected + before if keep else expected)
+    expected = before if keep else torch.zeros_like(out)
+    for weight, row in zip(weights, rows, strict=True):
+        expected = expected + weight * row
+    assert_close(out, expected)

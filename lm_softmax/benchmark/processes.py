@@ -118,7 +118,7 @@ class _Process:
         if self._process.pid is None:
             return
         if hasattr(os, "killpg"):  # with what it has started itself
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # or it has ended: a zombie
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()

@@ -203,3 +203,14 @@ def test_flatten_round_trip(num_tails, has_projection, has_bias):
     tails = [Tail(tensor() if has_projection else None, tensor(), bias) for _ in range(num_tails)]
     clusters = Clusters(tensor(), tensor(num_tails) if num_tails else None, bias, tails)
     assert Clusters.unflatten(clusters.flatten(), has_bias) == clusters  # the same tensors
+
+
+def test_the_first_work_buffer_of_a_process_compiles_into_one_graph(monkeypatch):
+    """The allocator is spoken to by code that runs alone."""
+    monkeypatch.setattr(workspace._buffers, "held", {})
+
+    def ones(like):
+        return workspace.workspace("compiled", (2, 3), like, like.dtype).fill_(1).sum()
+
+    compiled = torch.compile(ones, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 6

@@ -136,6 +136,7 @@ def takes_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.usefixtures("takes_interrupts")
 def test_an_interrupt_ends_it_in_the_midst_of_a_call() -> None:
     process = OwnProcess(Told, (0,), num_threads=1, keeps_pages=False)

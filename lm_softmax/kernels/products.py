@@ -72,7 +72,7 @@ def weighted_sum(out: Tensor, weights: Tensor, rows: Tensor, *, keep: bool) -> N
         torch.addmv(out, rows.t(), weights, beta=beta, out=out)
         return
     parts, left = out.view(num_parts, 1, -1), weights.expand(num_parts, 1, -1)
-    right = rows.view(rows.shape[0], *parts.shape[::2]).transpose(0, 1)
+    right = rows.view(rows.shape[0], num_parts, parts.shape[2]).transpose(0, 1)
     torch.baddbmm(parts, left, right, beta=beta, out=parts)
 
 
